@@ -1,0 +1,47 @@
+"""Direct Discriminative Optimization (DDO, arXiv 2503.01103) in JAX.
+
+The loss for anyone's train step; examples/optax_loop.py shows it in a plain optax loop:
+
+    log_ratio(logp_fn, params, ref_params, *args) -> r [B]             # any likelihood
+    edm_inputs(x, sigma, eps, sigma_data) -> x_in, c_noise, f_hat      # what a diffusion network is fed
+    diffusion_log_ratio(f, f_ref, f_hat) -> r [B]
+    ar_logp(logits, tokens) -> logp [B]
+    ddo_loss(r_real, r_fake, *, alpha, beta) -> loss, stats            # summarize(stats) -> what to log
+
+Importing the package loads jax, numpy and jaxtyping, nothing else.
+"""
+
+from ddo_jax.core.ar import ar_logp
+from ddo_jax.core.ddo import ddo_loss, ddo_stats, ddo_terms, diffusion_log_ratio, log_ratio, summarize
+from ddo_jax.core.edm import denoised, edm_inputs, loss_weight, noise_level, preconditioning
+from ddo_jax.core.ema import ema_update, half_life_beta
+from ddo_jax.core.samplers import HeunSettings, heun_sample
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HeunSettings",
+    "ar_logp",
+    "ddo_loss",
+    "ddo_stats",
+    "ddo_terms",
+    "denoised",
+    "diffusion_log_ratio",
+    "edm_inputs",
+    "ema_update",
+    "half_life_beta",
+    "heun_sample",
+    "load",
+    "log_ratio",
+    "loss_weight",
+    "noise_level",
+    "preconditioning",
+    "summarize",
+]
+
+
+def load(what):
+    """A trained model by name, path or URL; see `ddo_jax.run.load.load`. Only the call imports Flax."""
+    from ddo_jax.run.load import load as _load
+
+    return _load(what)

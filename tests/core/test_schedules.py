@@ -1,0 +1,58 @@
+"""Learning rates by images seen."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddo_jax.core import schedules
+
+GOLDEN = np.load(Path(__file__).parents[1] / "goldens" / "edm_units.npz")
+NAMES = {
+    "constant": dict(warmup=1000),
+    "cosine": dict(warmup=1000, final_lr=1e-4, total=9000),
+    "inverse_sqrt": dict(warmup=1000, t_ref=4000),
+}
+
+
+def test_edm_goldens():
+    rates = [schedules.constant(int(n), lr=1.0, warmup=10_000_000) for n in GOLDEN["sched/cur_nimg"]]
+    np.testing.assert_allclose(rates, GOLDEN["sched/lr_factor"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_common_behaviour(name):
+    schedule, kwargs = getattr(schedules, name), NAMES[name] | {"lr": 1e-3}
+    assert schedule(0, **kwargs) == 0  # seen BEFORE the step: the first rate is exactly 0
+    np.testing.assert_allclose(schedule(250, **kwargs), 0.25e-3, rtol=1e-6)
+    np.testing.assert_allclose(schedule(1000, **kwargs), 1e-3, rtol=1e-6)
+    np.testing.assert_allclose(schedule(0, **kwargs | {"warmup": 0}), 1e-3, rtol=1e-6)  # 0: no warm-up
+    traced = jax.jit(schedule)(jnp.float32(5000), **kwargs)
+    assert traced.dtype == jnp.float32 and traced.shape == ()
+    np.testing.assert_allclose(traced, schedule(5000, **kwargs), rtol=1e-6)
+    assert np.isfinite(jax.grad(lambda n: schedule(n, **kwargs | {"warmup": 0}))(0.0))
+
+
+def test_constant_stays():
+    assert schedules.constant(1e9, lr=1e-3, warmup=1000) == np.float32(1e-3)
+    assert schedules.constant(123, lr=1e-3) == np.float32(1e-3)
+
+
+def test_cosine():
+    kwargs = NAMES["cosine"] | {"lr": 1e-3}
+    for seen, p in [(3000, 0.25), (5000, 0.5), (7000, 0.75)]:
+        expected = 1e-4 + 0.9e-3 * (1 + np.cos(np.pi * p)) / 2
+        np.testing.assert_allclose(schedules.cosine(seen, **kwargs), expected, rtol=1e-5)
+    assert schedules.cosine(9000, **kwargs) == schedules.cosine(99_000, **kwargs) == np.float32(1e-4)
+    assert schedules.cosine(100, lr=1e-3, final_lr=0.0, warmup=100, total=100) == np.float32(1e-3)  # no 0/0
+
+
+def test_inverse_sqrt():
+    kwargs = NAMES["inverse_sqrt"] | {"lr": 1e-3}
+    assert schedules.inverse_sqrt(4000, **kwargs) == np.float32(1e-3)
+    np.testing.assert_allclose(schedules.inverse_sqrt(25_000, **kwargs), 1e-3 * 0.4, rtol=1e-6)  # sqrt(4/25)
+    assert schedules.inverse_sqrt(25_000, **kwargs | {"t_ref": 0}) == np.float32(1e-3)  # 0: no decay
+    overlapping = schedules.inverse_sqrt(4000, lr=1.0, warmup=16_000, t_ref=1000)  # both factors at once
+    np.testing.assert_allclose(overlapping, 0.25 / 2, rtol=1e-6)
