@@ -1,0 +1,1 @@
+"""Data: sources, balanced labels, the pool of fakes, the host pipeline."""

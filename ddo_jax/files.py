@@ -1,0 +1,67 @@
+"""Files that are either whole or absent.
+
+Every finished unit of a run is published by a file written last. On a local file system that is a
+temporary file and an atomic rename; object stores (gs://) create an object at once or not at all.
+"""
+
+import json
+import os
+from typing import Any
+
+from etils import epath
+
+
+def write_bytes(path: epath.PathLike, data: bytes) -> None:
+    """Write `data` so that a reader sees either the old file or the new one, also after kill -9."""
+    path = epath.Path(path)
+    if "://" in os.fspath(path):
+        path.write_bytes(data)
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """`write_bytes` of indented JSON."""
+    write_bytes(path, (json.dumps(value, indent=1, default=float) + "\n").encode())
+
+
+def read_json(path: epath.PathLike) -> Any | None:
+    """The parsed file, or None if there is none."""
+    path = epath.Path(path)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def create_exclusive(path: epath.PathLike, data: bytes) -> bool:
+    """Create a file if it is absent; False if somebody was first. Atomic on local file systems."""
+    path = epath.Path(path)
+    if "://" in os.fspath(path):  # no exclusive create through epath: the claim's lease covers the gap
+        if path.exists():
+            return False
+        path.write_bytes(data)
+        return True
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    try:
+        os.link(temporary, path)  # fails if `path` exists, and never shows a half-written file
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+
+
+def read_jsonl(path: epath.PathLike) -> list[dict]:
+    """All whole lines of a JSON-lines file; a torn last line (kill during a write) is left out."""
+    path = epath.Path(path)
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records

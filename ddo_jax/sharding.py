@@ -1,0 +1,88 @@
+"""One mesh, one rule: parameters over "fsdp", batches over both axes. One device is the trivial mesh.
+
+Beside `errors` and `files` at the bottom of the package: training, sampling and evaluation all use it.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp")
+SMALL = 2**12  # elements; smaller leaves are replicated: a gather costs more than they weigh
+
+
+def make_mesh(fsdp: int = 1, devices=None) -> Mesh:
+    """All devices (of all hosts) as (data, fsdp)."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(
+        (len(devices) // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=np.asarray(devices)
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def replicate(mesh: Mesh, tree):
+    """Put a small pytree onto every device."""
+    return jax.device_put(tree, replicated(mesh))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis of every example over all devices."""
+    return NamedSharding(mesh, P(AXES))
+
+
+def leaf_spec(shape: tuple[int, ...], fsdp: int) -> P:
+    """The largest axis that `fsdp` divides is sharded; small leaves and scalars are replicated.
+
+    >>> leaf_spec((3, 3, 256, 512), 8), leaf_spec((256,), 8)
+    (PartitionSpec(None, None, None, 'fsdp'), PartitionSpec())
+    """
+    divisible = [i for i, n in enumerate(shape) if n % fsdp == 0]
+    if fsdp == 1 or not divisible or np.prod(shape) < SMALL:
+        return P()
+    axis = max(divisible, key=lambda i: shape[i])
+    return P(*(["fsdp" if i == axis else None for i in range(axis + 1)]))
+
+
+def tree_sharding(mesh: Mesh, tree):
+    """The rule for every leaf of parameters, optimizer state, EMA, reference (arrays or their shapes)."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, leaf_spec(np.shape(x), mesh.shape["fsdp"])), tree)
+
+
+def abstract(mesh: Mesh, tree):
+    """ShapeDtypeStructs with the rule's shardings: what a checkpoint is restored onto."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, tree_sharding(mesh, tree)
+    )
+
+
+def place(mesh: Mesh, tree):
+    """Put a pytree onto the mesh by the rule."""
+    return jax.device_put(tree, tree_sharding(mesh, tree))
+
+
+def put_batch(mesh: Mesh, record):
+    """This host's rows (NumPy, first axis) -> global arrays over all devices."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), record)
+
+
+def to_host(x) -> np.ndarray:
+    """A global array as NumPy on every host."""
+    if jax.process_count() == 1 or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def agree(value: bool) -> bool:
+    """Process 0's decision on every process: hosts must not act on what they see in the file system alone."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
