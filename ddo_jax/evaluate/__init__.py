@@ -1,0 +1,1 @@
+"""Evaluation: feature networks, statistics, generate-and-score, the record of each number."""

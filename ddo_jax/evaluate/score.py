@@ -1,0 +1,120 @@
+"""Generate and score: one sampler for pools, evaluations, pictures and the `sample` command.
+
+An image is a function of (parameters, settings, its seed, its label): it has its own key, and the program
+always runs at one fixed, padded micro-batch, so neither the request's size nor a restart changes it.
+"""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from ddo_jax import sharding
+from ddo_jax.core import frechet
+from ddo_jax.data.labels import balanced_labels
+from ddo_jax.evaluate.features import FeatureNet
+
+Sampler = Callable[..., Iterator[dict[str, np.ndarray]]]
+
+
+def make_sampler(family, settings, mesh, batch: int) -> Sampler:
+    """The sampler of a run.
+
+    Args:
+      family: Family. settings: of `family.settings`. mesh: of `sharding.make_mesh`.
+      batch: images per program run, over all devices.
+
+    Returns:
+      sampler(params, frozen, seeds [N], labels [N]) -> iterator of records {"image": uint8 (or latents)
+      [n, ...], "label": int32 [n]} on the host, n <= batch, in order; `params` placed on the mesh.
+    """
+    spread = sharding.batch_sharding(mesh)
+
+    @jax.jit
+    def program(params, frozen, seeds, labels):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), seeds)
+        latents = jax.lax.with_sharding_constraint(family.latents(keys), spread)
+        params = family.project(params)
+        examples = family.sample((params, None), frozen, labels, latents, keys, settings)
+        return family.store(frozen, examples)
+
+    def sampler(params, frozen, seeds, labels):
+        seeds, labels = np.asarray(seeds, np.uint32), np.asarray(labels, np.int32)
+        share = batch // jax.process_count()
+        rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)  # of this host
+        for i in range(0, len(seeds), batch):
+            n = min(batch, len(seeds) - i)
+            padded = [np.resize(x[i : i + n], batch)[rows] for x in (seeds, labels)]
+            record = program(params, frozen, *sharding.put_batch(mesh, padded))
+            yield {k: sharding.to_host(v)[:n] for k, v in record.items()}
+
+    return sampler
+
+
+def reference(features: FeatureNet, images: np.ndarray, batch: int = 4096) -> dict:
+    """Moments of real images: {"mu", "root", "sigma"} float64; the root makes every later distance cheap."""
+    moments = None
+    for i in range(0, len(images), batch):
+        part = frechet.moments_of(features.apply(images[i : i + batch])[0])
+        moments = part if moments is None else frechet.merge(moments, part)
+    mu, sigma = frechet.finalize(moments)
+    return {"mu": mu, "sigma": sigma, "root": frechet.sqrt_psd(sigma)}
+
+
+def score(
+    features: FeatureNet, references: dict[str, dict], batches: Iterator[dict], keep: int = 0
+) -> tuple[dict, np.ndarray]:
+    """Fréchet distance of generated images to every reference, and their class accuracy.
+
+    Args:
+      features: the feature network. references: {name: of `reference`}.
+      batches: records {"image": uint8, "label"}; streamed, never held at once. keep: see below.
+
+    Returns:
+      ({metric ("fd_x100"): distance to the first reference, metric_NAME: to the others, "accuracy": share of
+      images that the network puts into their own class (if it is a classifier)}, the first `keep` images).
+    """
+    moments, right, n, kept = None, 0, 0, []
+    for record in batches:
+        kept.append(record["image"][: max(keep - n, 0)])
+        vectors, logits = features.apply(record["image"])
+        part = frechet.moments_of(vectors)
+        moments = part if moments is None else frechet.merge(moments, part)
+        n += len(vectors)
+        if logits is not None:
+            right += int(np.sum(np.argmax(logits, 1) == record["label"]))
+    mu, sigma = frechet.finalize(moments)
+    result = {}
+    for name, ref in references.items():
+        distance = frechet.frechet_distance(ref["mu"], ref["sigma"], mu, sigma, root1=ref["root"])
+        result[features.metric + (f"_{name}" if result else "")] = features.scale * distance
+    if right:
+        result["accuracy"] = right / n
+    return result, np.concatenate(kept)
+
+
+def nearest_distance(images: np.ndarray, train: np.ndarray, levels: int) -> float:
+    """Mean Euclidean distance of an image to its nearest training image, pixels in [-1, 1].
+
+    Beside that of held-out images to the training set it tells copying (much smaller) from modelling.
+    """
+    scale = 2 / (levels - 1)
+    a, b = (x.reshape(len(x), -1).astype(np.float64) * scale for x in (images, train))
+    squared = (a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1)[None]
+    return float(np.sqrt(np.maximum(squared.min(1), 0)).mean())
+
+
+def seed_range(purpose: str, index: int, num: int) -> np.ndarray:
+    """Seeds of one generated set. Reports use 0..num-1, num..2num-1, ... as the literature does; what
+    selects (one range per round) and what trains (pools) lives far from them.
+
+    >>> seed_range("report", 1, 3), seed_range("select", 0, 2)
+    (array([3, 4, 5], dtype=uint32), array([1000000000, 1000000001], dtype=uint32))
+    """
+    base = {"report": 0, "select": 10**9, "pool": 2 * 10**9}[purpose]
+    return (base + index * num + np.arange(num)).astype(np.uint32)
+
+
+def balanced(seeds: np.ndarray, num_classes: int) -> np.ndarray:
+    """Strictly balanced labels of a seed range: by position."""
+    return balanced_labels(np.arange(len(seeds)), num_classes)

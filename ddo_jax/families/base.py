@@ -1,0 +1,60 @@
+"""The one seam of the project: a family is a frozen record of pure functions.
+
+Everything above it (fine-tuning, self-play, sampling, evaluation) never asks which family it has.
+B is the batch, K = num_classes. Labels are int32 class ids; id == K means "no label".
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+PyTree = Any
+Examples = PyTree  # what `score` takes; every leaf has the batch as its first axis
+Draws = PyTree  # all randomness of a paired evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What self-play needs to know of a likelihood-based generator.
+
+    Attributes:
+      name: "edm", ...
+      num_classes: K, 0 for unconditional models.
+      image_shape: (H, W, C) of a decoded image.
+      nfe: network evaluations of one sample under settings: settings -> int.
+      init: key -> (params, frozen). frozen: buffers, tokenizer: no gradient, optimizer or EMA.
+      encode: (frozen, record, key) -> examples. record = {"image": uint8 [B,H,W,C], "label": int32 [B]}.
+      decode: (frozen, examples) -> uint8 [B,H,W,C], quantised like the data.
+      store: (frozen, examples) -> the record kept in a pool; `encode` reads it back like the data.
+      draw: (key, n, noise) -> draws, shared by target and reference, real and fake row i.
+        noise = (P_mean, P_std), traced, for diffusion.
+      score: (params, frozen, examples, draws) -> s. Deterministic: dropout and augmentation off.
+      ratio: (s, s_ref, examples, draws) -> r [B] float32 = log p_theta - log p_ref.
+      nll: (s, examples, draws) -> -log p_theta [B], up to a constant: the divergence alarm while DDO runs.
+      mle_loss: (params, frozen, examples, draws, key) -> loss [B]; pretraining and control: as nll, but
+        with dropout and augmentation as configured, drawn from key.
+      project: params -> params: EDM2's forced weight normalisation, else the identity.
+      latents: keys [B] -> the sampler's starting noise, one independent stream per image.
+      sample: (nets, frozen, labels, latents, keys, settings) -> examples. nets = (main, guide or None).
+      settings: sampler config (mapping) -> hashable settings of `sample`.
+    """
+
+    name: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    nfe: Callable[[Any], int]
+    init: Callable[[jax.Array], tuple[PyTree, PyTree]]
+    encode: Callable[[PyTree, PyTree, jax.Array], Examples]
+    decode: Callable[[PyTree, Examples], jax.Array]
+    store: Callable[[PyTree, Examples], PyTree]
+    draw: Callable[[jax.Array, int, tuple], Draws]
+    score: Callable[[PyTree, PyTree, Examples, Draws], PyTree]
+    ratio: Callable[[PyTree, PyTree, Examples, Draws], jax.Array]
+    nll: Callable[[PyTree, Examples, Draws], jax.Array]
+    mle_loss: Callable[[PyTree, PyTree, Examples, Draws, jax.Array], jax.Array]
+    project: Callable[[PyTree], PyTree]
+    latents: Callable[[jax.Array], jax.Array]
+    sample: Callable[..., Examples]
+    settings: Callable[[Any], Any]

@@ -1,0 +1,65 @@
+"""`python -m ddo_jax.main --config=configs/digits.py --workdir=DIR [--config.ddo.alpha=4 ...] [--dry_run]`.
+
+Flags -> config -> run; no logic. Exit codes: 0 done, 2 something the user can mend (one line says what).
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from ddo_jax.errors import UserError
+
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits.py"
+
+FLAGS = flags.FLAGS
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", str(DEFAULT_CONFIG), "Config file, with an optional variant: configs/digits.py:runlocal"
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Everything goes here; unset: runs/<name of the config>")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config, sizes and the plan, and stop")
+
+
+def parse(argv):
+    """absl's parser, its many exceptions turned into one line and exit code 2."""
+    try:
+        return FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
+        fail(" ".join(str(e).split()))
+
+
+def fail(message: str):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def default_workdir() -> str:
+    """runs/digits, runs/digits-runlocal, ..."""
+    path, _, variant = config_flags.get_config_filename(FLAGS["config"]).partition(".py")
+    return os.path.join("runs", Path(path).name + variant.replace(":", "-"))
+
+
+def main(argv):
+    if len(argv) > 1:
+        fail(f"unexpected argument {argv[1]!r}; flags are written --config=... --workdir=...")
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of every read-only manager; our own lines use the console
+    from ddo_jax.run import compilation, plan, selfplay
+
+    workdir = _WORKDIR.value or default_workdir()
+    try:
+        with compilation.cache():
+            if _DRY_RUN.value:
+                print(plan.plan(_CONFIG.value, workdir))
+            else:
+                selfplay.run(_CONFIG.value, workdir)
+    except UserError as e:
+        fail(str(e))
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

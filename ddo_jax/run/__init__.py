@@ -1,0 +1,1 @@
+"""The harness: configs, state, steps, loops, rounds, checkpoints, records, report."""

@@ -1,0 +1,261 @@
+"""The configuration of a run: every key with its default, and `validate` in one place.
+
+Config files start from `base()`, which is locked: a misspelt key answers "Did you mean ...". They live in
+configs/; this module is in the package so that a config can be loaded by path from anywhere.
+"""
+
+import difflib
+import math
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict, config_dict
+
+from ddo_jax.errors import UserError
+
+
+def _duration(**given) -> dict:
+    """Three ways to write one duration, at most one of them set (see `steps`)."""
+    keys = {"steps": None, "mimg": None, "epochs": None} | given
+    types = {"steps": int, "mimg": float, "epochs": float}
+    return {k: config_dict.placeholder(types[k]) if v is None else v for k, v in keys.items()}
+
+
+def _training(**given) -> dict:
+    """What a phase of training needs: data per step, optimizer, learning rate, EMA, noise levels."""
+    defaults = dict(
+        batch=512,  # real images per step; DDO adds as many fakes
+        accumulation=1,  # micro-batches per step: changes memory, never results
+        lr=1e-3,
+        schedule="constant",  # constant | cosine | inverse_sqrt
+        warmup=_duration(),  # unset: no warm-up
+        final_lr=0.0,  # cosine only
+        t_ref=0.0,  # inverse_sqrt only: images after which the decay starts
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        ema_mimg=0.5,  # half-life of the EMA in millions of images
+        ema_rampup=0.0,  # half-life at most this fraction of the images seen; 0: off
+        p_mean=-1.2,
+        p_std=1.2,
+        eval_every=_duration(),  # unset: no evaluation inside the phase
+        save_every=_duration(),  # unset: checkpoints at evaluations and at the end only
+    )
+    return defaults | given
+
+
+def base() -> ConfigDict:
+    """All keys. `None` placeholders are unset values with a type."""
+    config = ConfigDict(
+        dict(
+            name="",  # of the experiment: title of the report
+            remark="",  # what the reader of the report must know beside its numbers
+            seed=0,  # of training: initialisation, data order, noise
+            family="edm",
+            precision="highest",  # matmul and convolution precision: default | high | highest
+            init="scratch",  # scratch | a workdir or checkpoint of ours
+            data=dict(
+                name="digits",
+                split="train",
+                holdout="test",  # scored beside the training set in the report; "" for none
+                dir=config_dict.placeholder(str),  # unset: $TFDS_DATA_DIR or ~/tensorflow_datasets
+                flip=False,  # unlabelled horizontal flips of real images
+            ),
+            model=dict(
+                arch="mlp",  # mlp | SongUNet | DhariwalUNet
+                img_resolution=32,
+                img_channels=3,
+                label_dim=0,
+                sigma_data=0.5,
+                levels=256,  # grey levels of the data; samples are quantised to them
+            ),
+            pretrain=_training(length=_duration()),
+            ddo=_training(
+                rounds=1,
+                length=_duration(),  # of one round
+                alpha=(4.0,),  # the grid of every round is alpha x beta
+                beta=(0.05,),
+                pool=50_000,  # fakes per round
+            ),
+            control=_training(
+                enabled=False,  # continued MLE from the same start, the same evaluations and selection
+                lrs=(1e-4,),
+                factor=3,  # steps, as a multiple of all DDO rounds together
+            ),
+            sampler=dict(
+                num_steps=18,
+                sigma_min=0.002,
+                sigma_max=80.0,
+                rho=7.0,
+                s_churn=0.0,
+                s_min=0.0,
+                s_max=1e30,  # "no limit"; JSON has no infinity
+                s_noise=1.0,
+            ),
+            eval=dict(
+                network="digits",
+                num=50_000,  # images per evaluation
+                batch=512,  # sampled at a time, over all devices; images do not depend on it
+                report_seeds=3,  # the report scores this many fresh seed ranges
+                grid=100,  # images of the before/after picture
+            ),
+            mesh=dict(fsdp=1),  # devices that share one copy of the parameters; the rest is "data"
+            log=dict(every=50, tensorboard=True),  # steps
+            keep="best",  # of finished rounds: best = the best checkpoint only | all
+            lease_s=600.0,  # a candidate whose job shows no life for so long is taken over
+        )
+    )
+    return config.lock()
+
+
+# Keys that may differ when a workdir is continued: they change no number of the work already done.
+HARMLESS = (
+    "log.",
+    "mesh.",
+    "keep",
+    "lease_s",
+    "name",
+    "remark",
+    "data.dir",
+    "save_every",
+    "accumulation",
+    "ddo.rounds",
+    "eval.grid",
+)
+
+
+def leaves(config, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every (dotted key, value) of a ConfigDict or dict, in order."""
+    for key in config:
+        value = config[key]
+        if isinstance(value, ConfigDict | dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
+
+
+def difference(old: dict, new: dict) -> list[str]:
+    """Lines 'key: old -> new' for every key that differs and is not harmless."""
+    a, b = dict(leaves(old)), dict(leaves(new))
+    changed = (k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k))
+    return [
+        f"config.{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}"
+        for k in changed
+        if not any(k.startswith(h) or f".{h}." in f".{k}." for h in HARMLESS)
+    ]
+
+
+def steps(duration, batch: int, examples: int, name: str) -> int | None:
+    """Optimizer steps of a duration {steps | mimg | epochs}; None if none of them is set.
+
+    Raises:
+      UserError: two of them are set.
+    """
+    given = {k: v for k, v in duration.items() if v is not None}
+    if len(given) > 1:
+        keys = " and ".join(f"config.{name}.{k} = {v}" for k, v in given.items())
+        raise UserError(f"{keys}: set only one of them")
+    if not given:
+        return None
+    ((unit, value),) = given.items()
+    images = {"steps": value * batch, "mimg": value * 1e6, "epochs": value * examples}[unit]
+    return max(1, round(images / batch))
+
+
+def nearest(name: str, known) -> str:
+    """' (did you mean "x"?)' or ''."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def _require(ok: bool, key: str, value, allowed: str) -> None:
+    if not ok:
+        raise UserError(f"config.{key}: {value!r}; allowed: {allowed}")
+
+
+def _check_keys_and_types(config) -> None:
+    """Every key and type against `base()`; config.model may carry arguments of its architecture."""
+    known = dict(leaves(base()))
+    for key, value in leaves(config):
+        if key not in known:
+            if key.startswith("model."):
+                continue  # checked by the network itself
+            raise UserError(f"config.{key}: unknown key{nearest(key, known)}")
+        default = known[key]
+        if default is None or value is None:
+            continue
+        number = isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool)
+        _require(number or type(value) is type(default), key, value, f"a {type(default).__name__}")
+    missing = [k for k in known if k not in dict(leaves(config))]
+    if missing:
+        raise UserError(f"config.{missing[0]}: missing; start config files from ddo_jax.run.config.base()")
+
+
+def _check_phase(config, phase: str) -> None:
+    c = config[phase]
+    _require(c.batch >= 1, f"{phase}.batch", c.batch, "at least 1")
+    _require(
+        c.accumulation >= 1 and c.batch % c.accumulation == 0,
+        f"{phase}.accumulation",
+        c.accumulation,
+        f"a divisor of {phase}.batch = {c.batch}",
+    )
+    for key in ("lr", "p_std"):
+        _require(0 < c[key] < math.inf, f"{phase}.{key}", c[key], "a finite number above 0")
+    for key in ("ema_mimg", "ema_rampup", "final_lr", "t_ref"):
+        _require(c[key] >= 0, f"{phase}.{key}", c[key], "0 or more")
+    schedules = ("constant", "cosine", "inverse_sqrt")
+    _require(c.schedule in schedules, f"{phase}.schedule", c.schedule, ", ".join(schedules))
+    for key in ("warmup", "eval_every", "save_every", "length"):
+        if key in c:
+            for unit, value in c[key].items():
+                _require(value is None or value > 0, f"{phase}.{key}.{unit}", value, "above 0, or unset")
+            steps(c[key], c.batch, 1, f"{phase}.{key}")
+
+
+def _check_grids(config) -> None:
+    for key in ("alpha", "beta"):
+        grid = config.ddo[key]
+        _require(len(grid) > 0, f"ddo.{key}", grid, "at least one value")
+        for value in grid:
+            ok = isinstance(value, int | float) and 0 < value < math.inf
+            _require(ok, f"ddo.{key}", value, "finite numbers above 0, as in --config.ddo.alpha='(2.0, 4.0)'")
+    if config.control.enabled:
+        lrs = config.control.lrs
+        _require(len(lrs) > 0 and all(lr > 0 for lr in lrs), "control.lrs", lrs, "numbers above 0")
+
+
+def validate(config, devices: int) -> None:
+    """Refuse a config that cannot run, before anything is written.
+
+    Raises:
+      UserError: one line with the key, the value, what is allowed.
+    """
+    _check_keys_and_types(config)
+    precisions = ("default", "high", "highest")  # the DotAlgorithmPreset names are dropped for convolutions
+    _require(config.precision in precisions, "precision", config.precision, ", ".join(precisions))
+    _require(config.keep in ("best", "all"), "keep", config.keep, "best, all")
+    for phase in ("pretrain", "ddo", "control"):
+        _check_phase(config, phase)
+    _check_grids(config)
+    _require(config.ddo.rounds >= 0, "ddo.rounds", config.ddo.rounds, "0 or more")
+    _require(
+        config.ddo.rounds == 0 or steps(config.ddo.length, 1, 1, "ddo.length"),
+        "ddo.length",
+        "unset",
+        "a duration",
+    )
+    _require(config.ddo.pool >= 1, "ddo.pool", config.ddo.pool, "at least 1")
+    scratch = config.init == "scratch"
+    _require(
+        not scratch or steps(config.pretrain.length, 1, 1, "pretrain.length"),
+        "pretrain.length",
+        "unset",
+        "a duration, or config.init = a checkpoint",
+    )
+    fsdp = config.mesh.fsdp
+    _require(fsdp >= 1 and devices % fsdp == 0, "mesh.fsdp", fsdp, f"a divisor of the {devices} devices")
+    batches = {f"{p}.batch": config[p].batch // config[p].accumulation for p in ("pretrain", "ddo", "control")}
+    for key, value in {**batches, "eval.batch": config.eval.batch}.items():
+        _require(value % devices == 0, key, value, f"(per micro-batch) a multiple of the {devices} devices")
+    _require(config.eval.num >= 2, "eval.num", config.eval.num, "at least 2")
+    _require(config.eval.report_seeds >= 1, "eval.report_seeds", config.eval.report_seeds, "at least 1")

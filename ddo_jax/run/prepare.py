@@ -1,0 +1,160 @@
+"""From a config and a workdir to a prepared run: family, mesh, data, sampler, evaluator."""
+
+import datetime
+import functools
+import importlib.metadata
+import subprocess
+import zlib
+from pathlib import Path
+
+import jax
+import numpy as np
+from etils import epath
+
+from ddo_jax import __version__, files, sharding
+from ddo_jax.data import sources
+from ddo_jax.errors import UserError
+from ddo_jax.evaluate import features, score
+from ddo_jax.families import get_family
+from ddo_jax.run import checkpoint, loop, record, rounds, state, step
+from ddo_jax.run import config as configs
+
+
+def open_workdir(config, workdir: epath.PathLike) -> epath.Path:
+    """Create the workdir or continue in it; nothing is written if its config is another one.
+
+    Raises:
+      UserError: not writable, or made with another config (the difference is shown).
+    """
+    workdir = epath.Path(workdir)
+    wanted = config.to_dict()
+    try:
+        have = files.read_json(workdir / "config.json")
+        changed = [] if have is None else configs.difference(have, wanted)
+        if changed:
+            raise UserError(
+                f"workdir {workdir} was made with another config ({'; '.join(changed)}); "
+                "take another --workdir, or undo the change"
+            )
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            files.write_json(workdir / "config.json", wanted)
+    except OSError as e:
+        raise UserError(
+            f"workdir {workdir}: {e.strerror or e}; --workdir must name a directory that can be written"
+        ) from None
+    except ValueError as e:
+        raise UserError(f"{workdir}/config.json: not JSON ({e}); take another --workdir") from None
+    return workdir
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """What made a number: commit, versions, device."""
+    root = Path(__file__).parent.parent.parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    packages = {p: importlib.metadata.version(p) for p in ("jax", "flax")}
+    commit = git.stdout.strip() if git.returncode == 0 else f"ddo_jax {__version__}"
+    return {"commit": commit, **packages, "device": jax.devices()[0].device_kind}
+
+
+def weights_digest(params) -> str:
+    """Eight hex digits over the per-leaf digests of a parameter tree."""
+    return f"{zlib.crc32(repr(sorted(checkpoint.digests(params).items())).encode()):08x}"
+
+
+def make_evaluator(config, workdir, family, frozen, sampler, settings, train):
+    """evaluate(params, phase, step, purpose, index) -> (record of one scored set with its whole protocol,
+    its first `config.eval.grid` images)."""
+    network = features.get_features(config.eval.network, train, workdir)
+    reals = {"train": train}
+    if config.data.holdout:
+        reals[config.data.holdout] = sources.open_source(config.data.name, config.data.holdout, config.data.dir)
+    references = {name: score.reference(network, source.images) for name, source in reals.items()}
+    protocol = {
+        "n_samples": config.eval.num,
+        "labels": "balanced by position" if family.num_classes else "none",
+        "sampler": {k: v for k, v in config.sampler.items()},
+        "nfe": family.nfe(settings),
+        "guidance": None,
+        "quantised_to": f"{config.model.levels} levels",
+        "features": f"{network.name} {network.digest}",
+        "scale": network.scale,
+        "references": {n: f"{s.name} {s.fingerprint} ({len(s)} images)" for n, s in reals.items()},
+        "precision": config.precision,
+        **versions(),
+    }
+
+    def evaluate(params, phase: str, at: int, purpose: str, index: int) -> tuple[dict, np.ndarray]:
+        seeds = score.seed_range(purpose, index, config.eval.num)
+        labels = score.balanced(seeds, family.num_classes)
+        records = sampler(params, frozen, seeds, labels)
+        values, images = score.score(network, references, records, keep=config.eval.grid)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        drawn = {"purpose": purpose, "seeds": [int(seeds[0]), int(seeds[-1])], "time": now}
+        made = {**drawn, "weights": weights_digest(params), **protocol}
+        return {"phase": phase, "step": at, **values, "protocol": made}, images
+
+    return evaluate, network.metric
+
+
+def step_factory(config, family, mesh):
+    """step_for(phase): phases of one kind share a compiled program, whatever their alpha, beta, lr."""
+
+    @functools.cache
+    def build(objective: str, total: int, warmup: float, section: str):
+        c = config[section]
+        tx = state.optimizer(c)
+        shapes = jax.eval_shape(lambda k: state.new_state(family.init(k)[0], tx), jax.random.key(0))
+        return step.make_step(family, c, tx, mesh, shapes, objective=objective, warmup=warmup, total=total * c.batch)
+
+    return lambda p: build(p.objective, p.total, p.warmup, p.section)
+
+
+def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.Setup:
+    """Check everything that can be checked, then open the workdir, the data and the networks.
+
+    Raises:
+      UserError: see `config.validate`, `open_workdir`, `sources.open_source`.
+    """
+    configs.validate(config, len(jax.devices()))
+    family, mesh = get_family(config), sharding.make_mesh(config.mesh.fsdp)
+    settings = family.settings(config.sampler)
+    workdir = open_workdir(config, workdir)
+    data = sources.open_source(config.data.name, config.data.split, config.data.dir)
+    check_data(config, family, data)
+    frozen = sharding.place(mesh, jax.jit(lambda k: family.init(k)[1])(state.derive(config.seed, "init")))
+    sampler = score.make_sampler(family, settings, mesh, config.eval.batch)
+    evaluate, metric = make_evaluator(config, workdir, family, frozen, sampler, settings, data)
+    tools = loop.Tools(
+        family=family,
+        frozen=frozen,
+        mesh=mesh,
+        data=data,
+        flip=config.data.flip,
+        step_for=step_factory(config, family, mesh),
+        evaluate=evaluate,
+        levels=config.model.levels,
+        metric=metric,
+        log=config.log,
+        console=console,
+    )
+    return rounds.Setup(config, workdir, tools, sampler)
+
+
+def check_data(config, family, data) -> None:
+    """The data must have the shape, the classes and the grey levels that the network is built for."""
+    shape = data.images.shape[1:]
+    if shape != family.image_shape:
+        raise UserError(
+            f"config.model: images of {family.image_shape}, but {data.name} has {shape}; "
+            "set model.img_resolution and model.img_channels"
+        )
+    if family.num_classes not in (0, data.num_classes):
+        raise UserError(
+            f"config.model.label_dim: {family.num_classes}; allowed: 0 or {data.num_classes} as in {data.name}"
+        )
+    if data.images.max() >= config.model.levels:
+        raise UserError(
+            f"config.model.levels: {config.model.levels}, but {data.name} has the grey level {data.images.max()}"
+        )

@@ -1,0 +1,135 @@
+"""Records: one JSON object a line is the record; TensorBoard files and the console are views of it."""
+
+import json
+import math
+import sys
+import time
+
+from etils import epath
+
+from ddo_jax import files
+
+
+class JsonLines:
+    """Append-only JSON lines that survive kill -9 and are cut back to the step a run resumes from."""
+
+    def __init__(self, path: epath.PathLike, resume_step: int = 0):
+        self.path = epath.Path(path)
+        write_jsonl(self.path, [r for r in files.read_jsonl(self.path) if r["step"] <= resume_step])
+        self._file = self.path.open("a")
+
+    def write(self, record: dict) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files of one phase where tensorboardX is installed, else nothing."""
+
+    def __init__(self, directory: epath.PathLike, enabled: bool = True):
+        self._writer = None
+        if enabled:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                return
+            self._writer = SummaryWriter(str(directory))
+
+    def write(self, step: int, scalars: dict) -> None:
+        if self._writer is not None:
+            for key, value in scalars.items():
+                if isinstance(value, int | float) and key != "step":
+                    self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(59.6), duration(3725)
+    ('1m00s', '1h02m')
+    """
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+class Console:
+    """On a terminal one status line that is rewritten; in a log plain lines, not more than one in 5 s."""
+
+    def __init__(self, stream=None, quiet_s: float = 5.0):
+        self._stream = sys.stderr if stream is None else stream
+        self._tty = self._stream.isatty()
+        self._quiet_s, self._last, self._width = quiet_s, -math.inf, 0
+
+    def status(self, text: str, *, done: bool = False) -> None:
+        """Show progress; `done` ends the line (and is never left out)."""
+        if self._tty:
+            self._stream.write("\r" + text.ljust(self._width) + ("\n" if done else ""))
+            self._width = 0 if done else len(text)
+        elif done or time.monotonic() - self._last > self._quiet_s:
+            self._last = time.monotonic()
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        if self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._width = 0
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+
+class Progress:
+    """Status text of a loop: fraction, rate, time left."""
+
+    def __init__(self, name: str, start: int, total: int):
+        self.name, self.start, self.total = name, start, total
+        self._began = time.monotonic()
+
+    def text(self, step: int, extra: str = "") -> str:
+        elapsed = time.monotonic() - self._began
+        rate = (step - self.start) / max(elapsed, 1e-9)
+        left = duration((self.total - step) / rate) if rate > 0 and step < self.total else duration(elapsed)
+        mark = "left" if step < self.total else "in all"
+        percent = 100 * step / self.total
+        return f"{self.name:<22} {step:>7}/{self.total} {percent:3.0f}%  {left:>6} {mark}  {extra}".rstrip()
+
+
+class PhaseLog:
+    """metrics.jsonl and TensorBoard files of one phase directory."""
+
+    def __init__(self, directory: epath.Path, resume_step: int, tensorboard: bool, main: bool = True):
+        self._main = main  # one process writes
+        if main:
+            self._lines = JsonLines(directory / "metrics.jsonl", resume_step)
+            self._board = TensorBoard(directory / "tensorboard", tensorboard)
+
+    def write(self, record: dict) -> None:
+        if self._main:
+            self._lines.write(record)
+            self._board.write(record["step"], record)
+
+    def close(self) -> None:
+        if self._main:
+            self._lines.close()
+            self._board.close()
+
+
+def write_jsonl(path: epath.PathLike, records: list[dict]) -> None:
+    """A whole JSON-lines file at once."""
+    files.write_bytes(path, "".join(json.dumps(r) + "\n" for r in records).encode())
+
+
+def concatenate(paths: list[epath.Path], target: epath.Path) -> None:
+    """The run's own metrics.jsonl: the phases' records, one after the other."""
+    write_jsonl(target, [r for path in paths for r in files.read_jsonl(path)])

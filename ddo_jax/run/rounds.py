@@ -1,0 +1,235 @@
+"""Self-play: pretraining, rounds of DDO, the control. Reads like the figure of a run in the README.
+
+round n:  ref = best EMA parameters of round n-1
+          fakes = pool sampled from ref once
+          every (alpha, beta): params = ref, fresh optimizer, fresh EMA; keep the best checkpoint
+          best of the round = lowest score over candidates and steps; not better than ref: keep ref
+"""
+
+import itertools
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from ddo_jax import files, sharding
+from ddo_jax.data import pool as pools
+from ddo_jax.data.pipeline import batches
+from ddo_jax.evaluate import score
+from ddo_jax.run import config as configs
+from ddo_jax.run import loop, record, search, state, step
+from ddo_jax.run.checkpoint import Checkpoints, restore_ema
+
+
+class Setup(NamedTuple):
+    """A prepared run: what its phases share, and the sampler (see `prepare.prepare`)."""
+
+    config: Any
+    workdir: epath.Path
+    tools: loop.Tools
+    sampler: Any
+
+
+def phase(
+    setup: Setup,
+    section: str,
+    name: str,
+    start,
+    *,
+    total=None,
+    objective="mle",
+    lr=None,
+    grid=(1.0, 1.0),
+    **rest,
+) -> loop.Phase:
+    """A phase of the config's section ("pretrain", "ddo", "control")."""
+    c, examples = setup.config[section], len(setup.tools.data)
+
+    def steps(key):
+        return configs.steps(c[key], c.batch, examples, f"{section}.{key}")
+
+    return loop.Phase(
+        name=name,
+        directory=setup.workdir / name,
+        section=section,
+        config=c,
+        objective=objective,
+        hyper=step.Hyper(*grid, c.lr if lr is None else lr, (c.p_mean, c.p_std)),
+        total=steps("length") if total is None else total,
+        warmup=(steps("warmup") or 0) * c.batch,
+        eval_every=steps("eval_every"),
+        save_every=steps("save_every"),
+        start=start,
+        **rest,
+    )
+
+
+def divide(setup: Setup, tasks: list[search.Task]) -> list[dict]:
+    """Do the tasks, together with other jobs on the same workdir."""
+    return search.divide(tasks, setup.config.lease_s, waiting=setup.tools.console.status)
+
+
+def abstract_params(setup: Setup):
+    shapes = jax.eval_shape(setup.tools.family.init, jax.random.key(0))[0]
+    return sharding.abstract(setup.tools.mesh, shapes)
+
+
+# -- the start --------------------------------------------------------------------------------------------
+
+
+def pretrain(setup: Setup):
+    """MLE from scratch; the EMA parameters at its end."""
+    tools, seed = setup.tools, setup.config.seed
+
+    def run(renew):
+        params, _ = jax.jit(tools.family.init)(state.derive(seed, "init"))
+        return loop.train(phase(setup, "pretrain", "pretrain", params, seed=seed), tools, renew)
+
+    directory = setup.workdir / "pretrain"
+    (result,) = divide(setup, [search.Task(directory, run)])
+    return restore_ema(directory / "checkpoints", result["steps"], abstract_params(setup))
+
+
+# -- one round --------------------------------------------------------------------------------------------
+
+
+def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
+    """Sample the fakes of a round chunk by chunk; whole chunks of an interrupted pool are kept."""
+    family, tools, c = setup.tools.family, setup.tools, setup.config
+    seeds = score.seed_range("pool", index, c.ddo.pool)
+    labels = score.balanced(seeds, family.num_classes)
+    size = c.eval.batch
+    chunks = -(-len(seeds) // size)
+    missing = [i for i in range(chunks) if not pools.is_whole(pools.chunk_path(directory, i))]
+    progress = record.Progress(f"rounds/{index + 1:03d}/pool", chunks - len(missing), chunks)
+    for done, i in enumerate(missing, chunks - len(missing) + 1):
+        rows = slice(i * size, (i + 1) * size)
+        (chunk,) = setup.sampler(ref, tools.frozen, seeds[rows], labels[rows])
+        if jax.process_index() == 0:
+            pools.write_chunk(directory, i, chunk["image"], chunk["label"])
+        tools.console.status(progress.text(done), done=done == chunks)
+    return {
+        "chunks": chunks,
+        "num_classes": family.num_classes,
+        "num": len(seeds),
+        "seeds": [int(seeds[0]), int(seeds[-1])],
+        "labels": "balanced by position",
+        "sampler": dict(c.sampler),
+    }
+
+
+def candidate_name(alpha: float, beta: float) -> str:
+    """
+    >>> candidate_name(4.0, 0.05)
+    'a4_b0.05'
+    """
+    return f"a{alpha:g}_b{beta:g}"
+
+
+def play_round(setup: Setup, index: int, ref):
+    """One round from the reference `ref`; (its best parameters, its summary)."""
+    name = f"rounds/{index + 1:03d}"
+    directory = setup.workdir / name
+    best = files.read_json(directory / "best.json")
+    if best is None:
+        best = _compete(setup, name, index, ref)
+        if jax.process_index() == 0:
+            files.write_json(directory / "best.json", best)
+            tidy(setup, directory, best)
+    if best["improved"]:
+        ref = restore_ema(directory / best["candidate"] / "checkpoints", best["step"], abstract_params(setup))
+    return ref, best
+
+
+def _compete(setup: Setup, name: str, index: int, ref) -> dict:
+    """Pool, the reference's own score, all candidates; the round's summary."""
+    c, directory, tools = setup.config, setup.workdir / name, setup.tools
+    start_task = search.Task(directory / "start", lambda _: tools.evaluate(ref, name, 0, "select", index)[0])
+    pool_task = search.Task(directory / "pool", lambda _: make_pool(setup, directory / "pool", ref, index))
+    start, _ = divide(setup, [start_task, pool_task])
+    fakes = pools.open_pool(directory / "pool")
+    candidates = [
+        phase(
+            setup,
+            "ddo",
+            f"{name}/{candidate_name(alpha, beta)}",
+            ref,
+            objective="ddo",
+            grid=(alpha, beta),
+            ref=ref,
+            fakes=fakes,
+            seed=c.seed + 1000 * (index + 1),
+            select=index,
+        )
+        for alpha, beta in itertools.product(c.ddo.alpha, c.ddo.beta)
+    ]
+    best = best_candidate(setup, candidates)
+    divide(setup, [search.Task(directory / "ratios", lambda _: ratios(setup, directory, best, ref, fakes))])
+    before, after = start[tools.metric], best[tools.metric]
+    improved = after < before
+    text = f"{tools.metric} {before:.3f} -> {after:.3f} ({best['candidate']}, step {best['step']})"
+    tools.console.line(f"{name}: {text}{'' if improved else '; not better: the reference is kept'}")
+    return {"round": index + 1, "improved": improved, "start": before, **best}
+
+
+def ratios(setup: Setup, directory: epath.Path, best: dict, ref, fakes, num: int = 1024) -> dict:
+    """Log-ratios of real and fake images under the round's best parameters, for the report's histogram."""
+    family, tools, c = setup.tools.family, setup.tools, setup.config
+    params = restore_ema(directory / best["candidate"] / "checkpoints", best["step"], abstract_params(setup))
+    batch = c.ddo.batch
+
+    @jax.jit
+    def ratio(params, ref, record, key):
+        key_encode, key_draw = jax.random.split(key)
+        examples = family.encode(tools.frozen, record, key_encode)
+        draws = family.draw(key_draw, batch, (c.ddo.p_mean, c.ddo.p_std))
+        s, s_ref = (family.score(family.project(p), tools.frozen, examples, draws) for p in (params, ref))
+        return family.ratio(s, s_ref, examples, draws)
+
+    found = {}
+    for name, source in (("real", tools.data), ("fake", fakes)):
+        reader = batches(source, batch, c.seed, host=jax.process_index(), hosts=jax.process_count())
+        keys = jax.random.split(state.derive(c.seed, "ratios"), -(-num // batch))
+        parts = [ratio(params, ref, sharding.put_batch(tools.mesh, next(reader)), key) for key in keys]
+        found[name] = np.concatenate([sharding.to_host(r) for r in parts])[:num].tolist()
+    return {"candidate": best["candidate"], "step": best["step"], **found}
+
+
+def best_candidate(setup: Setup, candidates: list[loop.Phase]) -> dict:
+    """Train all candidates; the best evaluation of all, with the candidate's name."""
+    tasks = [search.Task(p.directory, lambda renew, p=p: loop.train(p, setup.tools, renew)) for p in candidates]
+    results = divide(setup, tasks)
+    evals = [{"candidate": p.directory.name, **e} for p, r in zip(candidates, results, strict=True) for e in r["evals"]]
+    return loop.best_of(evals, setup.tools.metric)
+
+
+def tidy(setup: Setup, directory: epath.Path, best: dict) -> None:
+    """Delete what `config.keep` does not keep of a finished round."""
+    if setup.config.keep == "all":
+        return
+    shutil.rmtree(directory / "pool", ignore_errors=True)
+    for candidate in (d for d in directory.iterdir() if (d / "checkpoints").exists()):
+        keep = best["step"] if candidate.name == best["candidate"] and best["improved"] else None
+        with Checkpoints(candidate / "checkpoints") as checkpoints:
+            checkpoints.delete_all(keep=keep)
+
+
+# -- the control ------------------------------------------------------------------------------------------
+
+
+def control(setup: Setup, start):
+    """Continued MLE from the same start: (best parameters over learning rates and steps, summary)."""
+    c = setup.config
+    ddo_steps = configs.steps(c.ddo.length, c.ddo.batch, len(setup.tools.data), "ddo.length")
+    total = c.control.factor * c.ddo.rounds * ddo_steps
+    best = best_candidate(
+        setup,
+        [
+            phase(setup, "control", f"control/lr{lr:g}", start, total=total, lr=lr, seed=c.seed + 500)
+            for lr in c.control.lrs
+        ],
+    )
+    directory = setup.workdir / "control" / best["candidate"] / "checkpoints"
+    return restore_ema(directory, best["step"], abstract_params(setup)), best

@@ -1,0 +1,164 @@
+"""The main job: start, rounds, control, report. `run` is what the command line calls."""
+
+import jax
+import numpy as np
+from etils import epath
+
+from ddo_jax import files
+from ddo_jax.convert import safetensors
+from ddo_jax.data import sources
+from ddo_jax.evaluate import score
+from ddo_jax.run import record, report, rounds, search
+from ddo_jax.run.checkpoint import Checkpoints
+from ddo_jax.run.load import load_params
+from ddo_jax.run.prepare import prepare
+from ddo_jax.run.rounds import Setup
+
+
+def run(config, workdir: epath.PathLike) -> epath.Path:
+    """Do the whole job, or what is left of it, in `workdir`; the path of the report.
+
+    Raises:
+      UserError: what a user can mend; nothing is overwritten.
+    """
+    console = record.Console()
+    setup = prepare(config, workdir, console)
+    start = rounds.pretrain(setup) if config.init == "scratch" else load_params(config.init, setup)
+    systems = {"start": start}
+    final_scores(setup, "start", start)
+    ref, played = start, []
+    for index in range(config.ddo.rounds):
+        ref, summary = rounds.play_round(setup, index, ref)
+        played.append(summary)
+        publish_views(setup)
+    if config.ddo.rounds:
+        systems["ddo"] = ref
+    if config.control.enabled and config.ddo.rounds:
+        systems["control"], _ = rounds.control(setup, start)
+    scores = {name: final_scores(setup, name, params) for name, params in systems.items()}
+    scores |= held_out_scores(setup)
+    publish_views(setup)
+    if jax.process_index() == 0:
+        publish_best(setup, ref)
+    path = make_report(setup, systems, scores, played)
+    console.line(f"report: {path}")
+    return path
+
+
+def final_scores(setup: Setup, name: str, params) -> dict:
+    """The system's numbers on the report's seed ranges, which chose nothing."""
+    c, tools = setup.config, setup.tools
+
+    def run(renew):
+        evals = []
+        for i in range(c.eval.report_seeds):
+            evals.append({"images": 0, **tools.evaluate(params, name, 0, "report", i)[0]})
+            renew()
+        images = samples(setup, params, min(c.eval.num, 1024))
+        nearest = score.nearest_distance(images, tools.data.images, c.model.levels)
+        text = report.mean_and_spread([e[tools.metric] for e in evals])
+        tools.console.line(f"{report.NAMES[name]}: {tools.metric} {text}")
+        return {"evals": evals, "nearest": nearest}
+
+    (result,) = rounds.divide(setup, [search.Task(setup.workdir / "report" / "scores" / name, run)])
+    return result
+
+
+def held_out_scores(setup: Setup) -> dict:
+    """The yardstick: real images the models never saw, by their distance to the nearest training image."""
+    c = setup.config
+    if not c.data.holdout:
+        return {}
+    held_out = sources.open_source(c.data.name, c.data.holdout, c.data.dir)
+    nearest = score.nearest_distance(held_out.images, setup.tools.data.images, c.model.levels)
+    return {"held-out images": {"evals": [{}], "nearest": nearest}}
+
+
+def samples(setup: Setup, params, num: int) -> np.ndarray:
+    """The first `num` images of the report's first seed range."""
+    seeds = score.seed_range("report", 0, setup.config.eval.num)[:num]
+    labels = score.balanced(seeds, setup.tools.family.num_classes)
+    records = setup.sampler(params, setup.tools.frozen, seeds, labels)
+    return np.concatenate([r["image"] for r in records])
+
+
+def finished(workdir: epath.Path) -> dict[str, dict]:
+    """{relative directory: result} of every finished task, in the order of the run."""
+    paths = [*workdir.glob("pretrain/result.json"), *sorted(workdir.glob("rounds/*/*/result.json"))]
+    paths += [
+        *sorted(workdir.glob("control/*/result.json")),
+        *sorted(workdir.glob("report/scores/*/result.json")),
+    ]
+    return {str(p.parent.relative_to(workdir)): files.read_json(p) for p in paths}
+
+
+def publish_views(setup: Setup) -> None:
+    """metrics.jsonl and evals.jsonl of the whole run, put together from the phases' own records."""
+    if jax.process_index() != 0:
+        return
+    results = finished(setup.workdir)
+    logs = [setup.workdir / name / "metrics.jsonl" for name in results]
+    record.concatenate([p for p in logs if p.exists()], setup.workdir / "metrics.jsonl")
+    evals = [e for r in results.values() for e in r.get("evals", [r] if "protocol" in r else [])]
+    record.write_jsonl(setup.workdir / "evals.jsonl", evals)
+
+
+def publish_best(setup: Setup, params) -> None:
+    """best/: the run's result as a checkpoint that `init` and `load` take, and as safetensors for others."""
+    directory = setup.workdir / "best"
+    if files.read_json(directory / "config.json") is None:
+        with Checkpoints(directory / "checkpoints") as checkpoints:
+            checkpoints.delete_all()
+            checkpoints.save(0, {"ema": params}, {"step": 0})
+        files.write_bytes(directory / "params.safetensors", safetensors.dumps(safetensors.flatten(params)))
+        files.write_json(directory / "config.json", setup.config.to_dict())
+
+
+def training_curves(setup: Setup, played: list[dict]) -> list[dict]:
+    """Every candidate's evaluations; the rounds one after the other from the start on."""
+    metric = setup.tools.metric
+    results, curves, offset = finished(setup.workdir), [], 0
+    for r in played:
+        prefix = f"rounds/{r['round']:03d}/"
+        length = 0
+        for name, result in results.items():
+            if name.startswith(prefix) and "steps" in result:
+                images = [offset] + [offset + e["images"] for e in result["evals"]]
+                values = [r["start"]] + [e[metric] for e in result["evals"]]
+                label = f"round {r['round']}, {name.removeprefix(prefix)}"
+                curves.append(dict(label=label, kind="round", index=r["round"] - 1, images=images, values=values))
+                length = max(length, result["images"])
+        offset += length
+    for name, result in results.items():
+        if name.startswith("control/"):
+            images = [0] + [e["images"] for e in result["evals"]]
+            values = [played[0]["start"]] + [e[metric] for e in result["evals"]]
+            label = f"MLE control, lr {name.removeprefix('control/lr')}"
+            curves.append(dict(label=label, kind="control", index=0, images=images, values=values))
+    return curves
+
+
+def make_report(setup: Setup, systems: dict, scores: dict, played: list[dict]) -> epath.Path:
+    """All processes sample the grids; one writes."""
+    num = min(setup.config.eval.grid, setup.config.eval.num)
+    grids = {name: samples(setup, params, num) for name, params in systems.items()}
+    directory = setup.workdir / "report"
+    ratios = [
+        {
+            "round": r["round"],
+            **files.read_json(setup.workdir / f"rounds/{r['round']:03d}" / "ratios" / "result.json"),
+        }
+        for r in played
+    ]
+    if jax.process_index() != 0:
+        return directory / "report.md"
+    return report.write_report(
+        directory,
+        config=setup.config,
+        metric=setup.tools.metric,
+        scores=scores,
+        rounds=played,
+        curves=training_curves(setup, played),
+        ratios=ratios,
+        grids=grids,
+    )

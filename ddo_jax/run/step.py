@@ -1,0 +1,143 @@
+"""The two training steps as pure functions, and their jitted form on a mesh.
+
+`ddo_step` and `mle_step` differ in their objective only. Hyper-parameters that a search varies are traced,
+so all candidates of a run share one compiled program.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ddo_jax import sharding
+from ddo_jax.core import ddo, ema, schedules
+
+
+class Hyper(NamedTuple):
+    """Traced numbers of one candidate. noise = (P_mean, P_std)."""
+
+    alpha: float
+    beta: float
+    lr: float
+    noise: tuple[float, float]
+
+
+def learning_rate(c, seen, *, lr, warmup: float, total: float):
+    """The phase's schedule at `seen` images (all durations in images)."""
+    if c.schedule == "cosine":
+        return schedules.cosine(seen, lr=lr, final_lr=c.final_lr, warmup=warmup, total=total)
+    if c.schedule == "inverse_sqrt":
+        return schedules.inverse_sqrt(seen, lr=lr, warmup=warmup, t_ref=c.t_ref)
+    return schedules.constant(seen, lr=lr, warmup=warmup)
+
+
+def measured(x) -> tuple:
+    """(sum, count) of an array, as in `ddo.ddo_stats`: statistics of any split add up leaf by leaf."""
+    return jnp.sum(x.astype(jnp.float32)), jnp.asarray(x.size, jnp.float32)
+
+
+def interleave(real, fake):
+    """Rows real_0, fake_0, real_1, ...: one forward pass for both, and no row changes its device."""
+    return jax.tree.map(lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:]), real, fake)
+
+
+def ddo_objective(family, params, ref_params, frozen, batch, hyper: Hyper):
+    """Loss and statistics of one (micro-)batch of B pairs. A pair shares its draws."""
+    real, fake, draws = batch
+    examples, draws = interleave(real, fake), interleave(draws, draws)
+    s = family.score(params, frozen, examples, draws)
+    s_ref = jax.lax.stop_gradient(family.score(ref_params, frozen, examples, draws))
+    r = family.ratio(s, s_ref, examples, draws).reshape(-1, 2)
+    loss, stats = ddo.ddo_loss(r[:, 0], r[:, 1], alpha=hyper.alpha, beta=hyper.beta)
+    nll = family.nll(jax.lax.stop_gradient(s), examples, draws).reshape(-1, 2)
+    return loss, {**stats, "nll_real": measured(nll[:, 0])}
+
+
+def mle_objective(family, params, frozen, batch, key):
+    """Mean MLE loss of one (micro-)batch."""
+    examples, draws = batch
+    loss = family.mle_loss(params, frozen, examples, draws, key)
+    return jnp.mean(loss), {"loss_mle": measured(loss)}
+
+
+def accumulated(objective, params, batch, parts: int):
+    """(gradient, statistics) of the mean over `parts` equal micro-batches, one after the other in memory."""
+    gradient = jax.grad(objective, has_aux=True)
+    if parts == 1:
+        return gradient(params, batch, 0)
+    # micro-batch j takes rows j, j + parts, ...: every device keeps its own rows
+    micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
+
+    def body(total, part):
+        j, rows = part
+        return jax.tree.map(jnp.add, total, gradient(params, rows, j)), None
+
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro), 0)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (grads, stats), _ = jax.lax.scan(body, zero, (jnp.arange(parts), micro))
+    return jax.tree.map(lambda g: g / parts, grads), stats
+
+
+def advance(state, grads, tx, c, hyper: Hyper, *, warmup: float, total: float):
+    """Optimizer step, EMA of its (unprojected) output, step count."""
+    seen = state["step"].astype(jnp.float32) * c.batch
+    lr = learning_rate(c, seen, lr=hyper.lr, warmup=warmup, total=total)
+    updates, opt = tx.update(grads, state["opt"], state["params"])
+    params = jax.tree.map(lambda p, u: p - lr * u, state["params"], updates)
+    beta = ema.half_life_beta(seen, c.batch, c.ema_mimg * 1e6, c.ema_rampup or None)
+    averaged = ema.ema_update(state["ema"], params, beta)
+    return {"params": params, "ema": averaged, "opt": opt, "step": state["step"] + 1}
+
+
+def zero_totals(objective: str) -> dict:
+    """What the statistics of a step accumulate onto."""
+    one = jnp.zeros((1,))
+    stats = {"grad_norm": measured(one)}
+    if objective == "ddo":
+        stats |= {**ddo.ddo_loss(one, one, alpha=1.0, beta=1.0)[1], "nll_real": measured(one)}
+    else:
+        stats |= {"loss_mle": measured(one)}
+    return jax.tree.map(jnp.zeros_like, stats)
+
+
+def make_step(family, c, tx, mesh, shapes, *, objective: str, warmup: float, total: float):
+    """The jitted step of a phase.
+
+    Args:
+      family: Family. c: the phase's config. tx: its optimizer. mesh: of `sharding.make_mesh`.
+      shapes: the state's ShapeDtypeStructs. objective: "ddo" or "mle". warmup, total: in images.
+
+    Returns:
+      step(state, totals, ref, frozen, real, fake, key, hyper) -> (state, totals). `real` and `fake` are
+      records (uint8 images, labels); "mle" ignores `ref` and `fake` (None). `totals` accumulates the
+      statistics on the device, from `zero_totals`. `state` and `totals` are donated.
+    """
+
+    def gradients(params, ref, frozen, real, fake, key, hyper):
+        key_real, key_fake, key_draw, key_loss = jax.random.split(key, 4)
+        real = family.encode(frozen, real, key_real)
+        draws = family.draw(key_draw, c.batch, hyper.noise)
+        if objective == "ddo":
+
+            def loss(params, rows, j):
+                return ddo_objective(family, params, ref, frozen, rows, hyper)
+
+            fake = family.encode(frozen, fake, key_fake)
+            return accumulated(loss, params, (real, fake, draws), c.accumulation)
+
+        def loss(params, rows, j):
+            return mle_objective(family, params, frozen, rows, jax.random.fold_in(key_loss, j))
+
+        return accumulated(loss, params, (real, draws), c.accumulation)
+
+    def step(state, totals, ref, frozen, real, fake, key, hyper):
+        key = jax.random.fold_in(key, state["step"])
+        params = family.project(state["params"])
+        grads, stats = gradients(params, ref, frozen, real, fake, key, hyper)
+        stats["grad_norm"] = measured(optax.global_norm(grads)[None])
+        state = advance({**state, "params": params}, grads, tx, c, hyper, warmup=warmup, total=total)
+        return state, jax.tree.map(jnp.add, totals, stats)
+
+    out = (sharding.tree_sharding(mesh, shapes), sharding.replicated(mesh))
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
