@@ -1,0 +1,35 @@
+"""Released checkpoints <-> our pytrees. The only place that knows other people's names and layouts.
+
+    module, variables = from_torch(kind, config, state_dict)     # state_dict: {released name: numpy array}
+    state_dict = to_torch(kind, config, variables)               # byte-equal round trip, in the file's order
+
+`config` holds the constructor arguments as the released file records them. Nothing here imports torch.
+"""
+
+import importlib
+
+KINDS = {"edm": "ddo_jax.convert.edm"}
+
+
+def _converter(kind: str):
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; allowed: {', '.join(sorted(KINDS))}")
+    return importlib.import_module(KINDS[kind])  # on demand: each kind imports its own networks
+
+
+def from_torch(kind: str, config: dict, state_dict: dict):
+    """(module, variables) of a released network; variables are NumPy arrays in our layout.
+
+    Raises:
+      ValueError: unknown kind; or a parameter is missing, unknown or of another shape (named in the message).
+    """
+    return _converter(kind).from_torch(config, state_dict)
+
+
+def to_torch(kind: str, config: dict, variables: dict) -> dict:
+    """The released state dict {name: NumPy array} of our variables, in the order of the released file.
+
+    Raises:
+      ValueError: as `from_torch`.
+    """
+    return _converter(kind).to_torch(config, variables)
