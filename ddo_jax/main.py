@@ -3,6 +3,7 @@
 Flags -> config -> run; no logic. Exit codes: 0 done, 2 something the user can mend (one line says what).
 """
 
+import ast
 import os
 import sys
 from pathlib import Path
@@ -16,18 +17,38 @@ DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits.py"
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", str(DEFAULT_CONFIG), "Config file, with an optional variant: configs/digits.py:runlocal"
+    "config", None, "Config file, with an optional variant: configs/digits.py:runlocal (default: configs/digits.py)"
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Everything goes here; unset: runs/<name of the config>")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config, sizes and the plan, and stop")
 
 
 def parse(argv):
-    """absl's parser, its many exceptions turned into one line and exit code 2."""
+    """absl's parser; its many exceptions become one line and exit code 2."""
+    # No default in the flag itself: ml_collections would read the overrides while this module is imported.
+    if not any(a.lstrip("-") == "config" or a.lstrip("-").startswith("config=") for a in argv[1:]):
+        argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
     try:
-        return FLAGS(argv)
+        rest = FLAGS(argv)
+        if FLAGS["config"].value is not None:
+            FLAGS["config"].value.lock()  # an unreadable config file raises here
+        return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
-        fail(" ".join(str(e).split()))
+        fail(one_line(str(e)))
+
+
+def one_line(text: str) -> str:
+    r"""The message of a parser's exception: absl and ml_collections wrap whole tracebacks into it.
+
+    >>> one_line("flag --config=x.py: Traceback (most recent call last):\n ...\nValueError: unknown variant")
+    'ValueError: unknown variant'
+    >>> one_line(repr("'alhpa'\nDid you mean 'alpha' instead of 'alhpa'?"))
+    "unknown config key: 'alhpa'. Did you mean 'alpha' instead of 'alhpa'?"
+    """
+    if text[:1] in "'\"" and text[:1] == text[-1:]:  # the representation of a KeyError's string
+        text = ast.literal_eval(text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "unknown config key: " + ". ".join(lines) if len(lines) == 2 else lines[-1]
 
 
 def fail(message: str):

@@ -52,6 +52,12 @@ def _digits(train, cache: epath.Path) -> FeatureNet:
 NETWORKS = {"digits": _digits}
 
 
+def check_name(name: str) -> None:
+    """Raises UserError for an unknown network."""
+    if name not in NETWORKS:
+        raise UserError(f"config.eval.network: {name!r}; allowed: {', '.join(sorted(NETWORKS))}")
+
+
 def get_features(name: str, train, cache: epath.PathLike) -> FeatureNet:
     """The feature network `name`.
 
@@ -61,6 +67,5 @@ def get_features(name: str, train, cache: epath.PathLike) -> FeatureNet:
     Raises:
       UserError: unknown name.
     """
-    if name not in NETWORKS:
-        raise UserError(f"config.eval.network: {name!r}; allowed: {', '.join(sorted(NETWORKS))}")
+    check_name(name)
     return NETWORKS[name](train, epath.Path(cache))

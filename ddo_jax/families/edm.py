@@ -48,7 +48,9 @@ def build_network(model):
 def heun_settings(sampler) -> samplers.HeunSettings:
     """config.sampler -> HeunSettings; its field names are the config's keys."""
     try:
-        return samplers.HeunSettings(**dict(sampler))
+        settings = samplers.HeunSettings(**dict(sampler))
+        samplers.heun_times(settings)  # refuses what cannot be sampled with
+        return settings
     except (TypeError, ValueError) as e:
         raise UserError(f"config.sampler: {e}") from None
 

@@ -31,7 +31,7 @@ def cache():
     yield
     if hits:
         print(
-            f"compilation cache: {len(hits)} programs reused, {sum(saved):.0f} s of compilation saved "
+            f"compilation cache: {len(hits)} programs reused, {max(sum(saved), 0):.0f} s of compilation saved "
             f"({jax.config.jax_compilation_cache_dir})",
             file=sys.stderr,
         )

@@ -257,5 +257,8 @@ def validate(config, devices: int) -> None:
     batches = {f"{p}.batch": config[p].batch // config[p].accumulation for p in ("pretrain", "ddo", "control")}
     for key, value in {**batches, "eval.batch": config.eval.batch}.items():
         _require(value % devices == 0, key, value, f"(per micro-batch) a multiple of the {devices} devices")
+    for key in ("eval.batch", "eval.grid", "log.every"):
+        section, name = key.split(".")
+        _require(config[section][name] >= 1, key, config[section][name], "at least 1")
     _require(config.eval.num >= 2, "eval.num", config.eval.num, "at least 2")
     _require(config.eval.report_seeds >= 1, "eval.report_seeds", config.eval.report_seeds, "at least 1")

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ddo_jax import sharding
-from ddo_jax.data import sources
-from ddo_jax.families import get_family
 from ddo_jax.run import config as configs
 from ddo_jax.run import state
+from ddo_jax.run.prepare import check
 
 
 def human(number: float, unit: str = "") -> str:
@@ -54,17 +53,16 @@ def plan(config: ConfigDict, workdir: str) -> str:
       UserError: the config cannot run.
     """
     devices = jax.devices()
-    configs.validate(config, len(devices))
-    family, mesh = get_family(config), sharding.make_mesh(config.mesh.fsdp)
-    settings = family.settings(config.sampler)
+    checked = check(config)
+    family, settings, data, mesh = checked.family, checked.settings, checked.data, checked.mesh
     params, frozen = jax.eval_shape(family.init, jax.random.key(0))
     training = jax.eval_shape(lambda p: state.new_state(p, state.optimizer(config.ddo)), params)
-    data = sources.open_source(config.data.name, config.data.split, config.data.dir)
     flops = forward_flops(family, params, frozen)
     held = bytes_per_device(mesh, training)
     reference = bytes_per_device(mesh, params)
     sections = [
-        f"config\n{_indent(config.to_yaml() if hasattr(config, 'to_yaml') else str(config))}",
+        "config",
+        _indent("\n".join(f"{key} = {value!r}" for key, value in configs.leaves(config))),
         f"workdir      {workdir}",
         f"devices      {len(devices)} x {devices[0].device_kind}, mesh {dict(mesh.shape)}",
         f"network      {state.parameter_count(params):,} parameters",

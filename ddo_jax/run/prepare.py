@@ -6,6 +6,7 @@ import importlib.metadata
 import subprocess
 import zlib
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,7 +17,8 @@ from ddo_jax.data import sources
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate import features, score
 from ddo_jax.families import get_family
-from ddo_jax.run import checkpoint, loop, record, rounds, state, step
+from ddo_jax.families.base import Family
+from ddo_jax.run import checkpoint, load, loop, record, rounds, state, step
 from ddo_jax.run import config as configs
 
 
@@ -111,18 +113,40 @@ def step_factory(config, family, mesh):
     return lambda p: build(p.objective, p.total, p.warmup, p.section)
 
 
-def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.Setup:
-    """Check everything that can be checked, then open the workdir, the data and the networks.
+class Checked(NamedTuple):
+    """What a valid config stands for; nothing is written yet."""
+
+    family: Family
+    settings: Any
+    mesh: jax.sharding.Mesh
+    data: sources.ArraySource
+
+
+def check(config) -> Checked:
+    """Everything that can be refused before the workdir is touched.
 
     Raises:
-      UserError: see `config.validate`, `open_workdir`, `sources.open_source`.
+      UserError: see `config.validate`, `sources.open_source`, `check_data`, `load.find`.
     """
     configs.validate(config, len(jax.devices()))
-    family, mesh = get_family(config), sharding.make_mesh(config.mesh.fsdp)
+    family = get_family(config)
     settings = family.settings(config.sampler)
-    workdir = open_workdir(config, workdir)
+    features.check_name(config.eval.network)
+    if config.init != "scratch":
+        load.find(config.init)
     data = sources.open_source(config.data.name, config.data.split, config.data.dir)
     check_data(config, family, data)
+    return Checked(family, settings, sharding.make_mesh(config.mesh.fsdp), data)
+
+
+def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.Setup:
+    """Check the config, open the workdir, build what the phases share.
+
+    Raises:
+      UserError: see `check`, `open_workdir`.
+    """
+    family, settings, mesh, data = check(config)
+    workdir = open_workdir(config, workdir)
     frozen = sharding.place(mesh, jax.jit(lambda k: family.init(k)[1])(state.derive(config.seed, "init")))
     sampler = score.make_sampler(family, settings, mesh, config.eval.batch)
     evaluate, metric = make_evaluator(config, workdir, family, frozen, sampler, settings, data)
