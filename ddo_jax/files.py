@@ -6,9 +6,15 @@ temporary file and an atomic rename; object stores (gs://) create an object at o
 
 import json
 import os
+import uuid
 from typing import Any
 
 from etils import epath
+
+
+def _temporary(path: epath.Path) -> epath.Path:
+    """Nobody else's name: process ids are equal in two containers on one shared folder."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
@@ -17,7 +23,7 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
     if "://" in os.fspath(path):
         path.write_bytes(data)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     with open(temporary, "wb") as f:
         f.write(data)
         f.flush()
@@ -44,7 +50,7 @@ def create_exclusive(path: epath.PathLike, data: bytes) -> bool:
             return False
         path.write_bytes(data)
         return True
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     temporary.write_bytes(data)
     try:
         os.link(temporary, path)  # fails if `path` exists, and never shows a half-written file

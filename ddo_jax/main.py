@@ -20,6 +20,9 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with an optional variant: configs/digits.py:runlocal (default: configs/digits.py)"
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Everything goes here; unset: runs/<name of the config>")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Several hosts: Slurm, GKE and TPU pods are detected by JAX (see launch/)"
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config, sizes and the plan, and stop")
 
 
@@ -66,6 +69,10 @@ def main(argv):
     if len(argv) > 1:
         fail(f"unexpected argument {argv[1]!r}; flags are written --config=... --workdir=...")
     logging.set_verbosity(logging.ERROR)  # Orbax warns of every read-only manager; our own lines use the console
+    if _DISTRIBUTED.value:
+        import jax
+
+        jax.distributed.initialize()
     from ddo_jax.run import compilation, plan, selfplay
 
     workdir = _WORKDIR.value or default_workdir()

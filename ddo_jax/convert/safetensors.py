@@ -18,10 +18,10 @@ NAMES = {
 }
 
 
-def flatten(tree, prefix: str = "") -> dict[str, np.ndarray]:
+def flatten(tree, prefix: str = "") -> dict:
     """Nested dict of arrays -> {"a.b.c": array}."""
     if not isinstance(tree, dict):
-        return {prefix: np.asarray(tree)}
+        return {prefix: tree}
     return {k: v for key in tree for k, v in flatten(tree[key], f"{prefix}.{key}" if prefix else key).items()}
 
 

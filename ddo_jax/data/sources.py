@@ -57,7 +57,11 @@ def open_digits(split: str, directory: str | None) -> ArraySource:
         raise UserError(
             f"data directory {data_dir(directory)}: {e.strerror or e}; set --config.data.dir or TFDS_DATA_DIR"
         ) from None
-    data = builder.as_data_source(split)
+    try:
+        data = builder.as_data_source(split)
+    except ValueError:
+        known = ", ".join(sorted(builder.info.splits))
+        raise UserError(f"split {split!r} of dataset 'digits'; allowed: {known}") from None
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # TFDS recommends OpenCV over Pillow: no matter for 2,000 images
     records = data.__getitems__(range(len(data)))

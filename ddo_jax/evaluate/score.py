@@ -88,7 +88,7 @@ def score(
     for name, ref in references.items():
         distance = frechet.frechet_distance(ref["mu"], ref["sigma"], mu, sigma, root1=ref["root"])
         result[features.metric + (f"_{name}" if result else "")] = features.scale * distance
-    if right:
+    if logits is not None:
         result["accuracy"] = right / n
     return result, np.concatenate(kept)
 

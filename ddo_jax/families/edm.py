@@ -49,7 +49,7 @@ def heun_settings(sampler) -> samplers.HeunSettings:
     """config.sampler -> HeunSettings; its field names are the config's keys."""
     try:
         settings = samplers.HeunSettings(**dict(sampler))
-        samplers.heun_times(settings)  # refuses what cannot be sampled with
+        samplers.heun_schedule(settings)  # refuses what cannot be sampled with
         return settings
     except (TypeError, ValueError) as e:
         raise UserError(f"config.sampler: {e}") from None

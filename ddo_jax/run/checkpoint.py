@@ -78,6 +78,9 @@ class Checkpoints:
         )
         self._manager.save(step, args=args, metrics=None if score is None else {"score": score}, force=True)
 
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
     def restore_latest(self, abstract) -> tuple[dict, dict] | None:
         """(state, meta) of the newest good checkpoint, or None.
 
@@ -95,12 +98,6 @@ class Checkpoints:
                 print(f"warning: checkpoint {self.directory}/{step} is damaged ({reason}): skipped", file=sys.stderr)
                 self._manager.delete(step)
         return None
-
-    def delete_all(self, keep: int | None = None) -> None:
-        """Delete every checkpoint but `keep`."""
-        for step in list(self._manager.all_steps()):
-            if step != keep:
-                self._manager.delete(step)
 
 
 def _verify(tree, expected: dict[str, int]) -> None:

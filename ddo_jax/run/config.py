@@ -108,19 +108,8 @@ def base() -> ConfigDict:
 
 
 # Keys that may differ when a workdir is continued: they change no number of the work already done.
-HARMLESS = (
-    "log.",
-    "mesh.",
-    "keep",
-    "lease_s",
-    "name",
-    "remark",
-    "data.dir",
-    "save_every",
-    "accumulation",
-    "ddo.rounds",
-    "eval.grid",
-)
+HARMLESS = ("log", "mesh", "keep", "lease_s", "name", "remark", "data.dir", "eval.grid")  # the key or all below
+HARMLESS += tuple(f"{phase}.{k}" for phase in ("pretrain", "ddo", "control") for k in ("save_every", "accumulation"))
 
 
 def leaves(config, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -140,7 +129,7 @@ def difference(old: dict, new: dict) -> list[str]:
     return [
         f"config.{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}"
         for k in changed
-        if not any(k.startswith(h) or f".{h}." in f".{k}." for h in HARMLESS)
+        if not any(f"{k}.".startswith(f"{h}.") for h in HARMLESS)
     ]
 
 
@@ -221,7 +210,8 @@ def _check_grids(config) -> None:
             _require(ok, f"ddo.{key}", value, "finite numbers above 0, as in --config.ddo.alpha='(2.0, 4.0)'")
     if config.control.enabled:
         lrs = config.control.lrs
-        _require(len(lrs) > 0 and all(lr > 0 for lr in lrs), "control.lrs", lrs, "numbers above 0")
+        ok = len(lrs) > 0 and all(isinstance(lr, int | float) and 0 < lr < math.inf for lr in lrs)
+        _require(ok, "control.lrs", lrs, "finite numbers above 0")
 
 
 def validate(config, devices: int) -> None:
@@ -237,13 +227,13 @@ def validate(config, devices: int) -> None:
     for phase in ("pretrain", "ddo", "control"):
         _check_phase(config, phase)
     _check_grids(config)
+    _require(config.seed >= 0, "seed", config.seed, "0 or more")
     _require(config.ddo.rounds >= 0, "ddo.rounds", config.ddo.rounds, "0 or more")
-    _require(
-        config.ddo.rounds == 0 or steps(config.ddo.length, 1, 1, "ddo.length"),
-        "ddo.length",
-        "unset",
-        "a duration",
-    )
+    needed = ["ddo.length", "ddo.eval_every"] if config.ddo.rounds else []  # evaluations select the best
+    needed += ["control.eval_every"] if config.ddo.rounds and config.control.enabled else []
+    for key in needed:
+        phase, name = key.split(".")
+        _require(steps(config[phase][name], 1, 1, key) is not None, key, "unset", "a duration")
     _require(config.ddo.pool >= 1, "ddo.pool", config.ddo.pool, "at least 1")
     scratch = config.init == "scratch"
     _require(

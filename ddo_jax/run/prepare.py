@@ -136,6 +136,8 @@ def check(config) -> Checked:
         load.find(config.init)
     data = sources.open_source(config.data.name, config.data.split, config.data.dir)
     check_data(config, family, data)
+    if config.data.holdout:
+        sources.open_source(config.data.name, config.data.holdout, config.data.dir)
     return Checked(family, settings, sharding.make_mesh(config.mesh.fsdp), data)
 
 

@@ -7,7 +7,6 @@ round n:  ref = best EMA parameters of round n-1
 """
 
 import itertools
-import shutil
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ from ddo_jax.data.pipeline import batches
 from ddo_jax.evaluate import score
 from ddo_jax.run import config as configs
 from ddo_jax.run import loop, record, search, state, step
-from ddo_jax.run.checkpoint import Checkpoints, restore_ema
+from ddo_jax.run.checkpoint import restore_ema
 
 
 class Setup(NamedTuple):
@@ -56,7 +55,7 @@ def phase(
         section=section,
         config=c,
         objective=objective,
-        hyper=step.Hyper(*grid, c.lr if lr is None else lr, (c.p_mean, c.p_std)),
+        hyper=step.Hyper(*map(float, (*grid, c.lr if lr is None else lr)), (float(c.p_mean), float(c.p_std))),
         total=steps("length") if total is None else total,
         warmup=(steps("warmup") or 0) * c.batch,
         eval_every=steps("eval_every"),
@@ -95,7 +94,7 @@ def pretrain(setup: Setup):
 # -- one round --------------------------------------------------------------------------------------------
 
 
-def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
+def make_pool(setup: Setup, directory: epath.Path, ref, index: int, renew) -> dict:
     """Sample the fakes of a round chunk by chunk; whole chunks of an interrupted pool are kept."""
     family, tools, c = setup.tools.family, setup.tools, setup.config
     seeds = score.seed_range("pool", index, c.ddo.pool)
@@ -110,6 +109,7 @@ def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
         if jax.process_index() == 0:
             pools.write_chunk(directory, i, chunk["image"], chunk["label"])
         tools.console.status(progress.text(done), done=done == chunks)
+        renew()
     return {
         "chunks": chunks,
         "num_classes": family.num_classes,
@@ -137,7 +137,8 @@ def play_round(setup: Setup, index: int, ref):
         best = _compete(setup, name, index, ref)
         if jax.process_index() == 0:
             files.write_json(directory / "best.json", best)
-            tidy(setup, directory, best)
+    if jax.process_index() == 0:
+        tidy(setup, directory, best)
     if best["improved"]:
         ref = restore_ema(directory / best["candidate"] / "checkpoints", best["step"], abstract_params(setup))
     return ref, best
@@ -147,7 +148,7 @@ def _compete(setup: Setup, name: str, index: int, ref) -> dict:
     """Pool, the reference's own score, all candidates; the round's summary."""
     c, directory, tools = setup.config, setup.workdir / name, setup.tools
     start_task = search.Task(directory / "start", lambda _: tools.evaluate(ref, name, 0, "select", index)[0])
-    pool_task = search.Task(directory / "pool", lambda _: make_pool(setup, directory / "pool", ref, index))
+    pool_task = search.Task(directory / "pool", lambda renew: make_pool(setup, directory / "pool", ref, index, renew))
     start, _ = divide(setup, [start_task, pool_task])
     fakes = pools.open_pool(directory / "pool")
     candidates = [
@@ -206,14 +207,15 @@ def best_candidate(setup: Setup, candidates: list[loop.Phase]) -> dict:
 
 
 def tidy(setup: Setup, directory: epath.Path, best: dict) -> None:
-    """Delete what `config.keep` does not keep of a finished round."""
-    if setup.config.keep == "all":
+    """Delete what `config.keep` does not keep of a finished round; the pool last: it marks what is left to do."""
+    if setup.config.keep == "all" or not (directory / "pool").exists():
         return
-    shutil.rmtree(directory / "pool", ignore_errors=True)
+    kept = directory / best["candidate"] / "checkpoints" / str(best["step"]) if best["improved"] else None
     for candidate in (d for d in directory.iterdir() if (d / "checkpoints").exists()):
-        keep = best["step"] if candidate.name == best["candidate"] and best["improved"] else None
-        with Checkpoints(candidate / "checkpoints") as checkpoints:
-            checkpoints.delete_all(keep=keep)
+        for checkpoint in (candidate / "checkpoints").iterdir():
+            if checkpoint != kept:
+                checkpoint.rmtree()
+    (directory / "pool").rmtree()
 
 
 # -- the control ------------------------------------------------------------------------------------------

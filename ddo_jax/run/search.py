@@ -68,12 +68,21 @@ def take(directory: epath.Path, lease_s: float) -> bool:
             return True
         if not is_stale(claim, lease_s):
             return False
-        try:  # only one of several jobs succeeds in moving the dead claim away
-            path.rename(directory / f".claim.{JOB}")
-            (directory / f".claim.{JOB}").unlink()
-        except OSError:
-            return False
+        _remove(path, claim)
     return False
+
+
+def _remove(path: epath.Path, stale: dict) -> None:
+    """Take a dead claim away; several jobs may see it, and one of them may have put its own there since."""
+    aside = path.with_name(f".claim.{JOB}")
+    try:
+        path.rename(aside)  # of one file, only one job succeeds
+    except OSError:
+        return
+    moved = aside.read_bytes()
+    if json.loads(moved)["job"] != stale["job"]:
+        files.create_exclusive(path, moved)  # alive: give it back
+    aside.unlink()
 
 
 def divide(tasks: list[Task], lease_s: float, poll_s: float = 5.0, waiting=lambda text: None) -> list[dict]:

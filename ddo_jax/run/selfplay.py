@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ddo_jax import files
+from ddo_jax import files, sharding
 from ddo_jax.convert import safetensors
 from ddo_jax.data import sources
 from ddo_jax.evaluate import score
@@ -38,8 +38,7 @@ def run(config, workdir: epath.PathLike) -> epath.Path:
     scores = {name: final_scores(setup, name, params) for name, params in systems.items()}
     scores |= held_out_scores(setup)
     publish_views(setup)
-    if jax.process_index() == 0:
-        publish_best(setup, ref)
+    publish_best(setup, ref)
     path = make_report(setup, systems, scores, played)
     console.line(f"report: {path}")
     return path
@@ -106,11 +105,14 @@ def publish_views(setup: Setup) -> None:
 def publish_best(setup: Setup, params) -> None:
     """best/: the run's result as a checkpoint that `init` and `load` take, and as safetensors for others."""
     directory = setup.workdir / "best"
-    if files.read_json(directory / "config.json") is None:
-        with Checkpoints(directory / "checkpoints") as checkpoints:
-            checkpoints.delete_all()
+    if sharding.agree((directory / "config.json").exists()):  # written last
+        return
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        if checkpoints.latest_step() is None:
             checkpoints.save(0, {"ema": params}, {"step": 0})
-        files.write_bytes(directory / "params.safetensors", safetensors.dumps(safetensors.flatten(params)))
+    arrays = {k: sharding.to_host(v) for k, v in safetensors.flatten(params).items()}
+    if jax.process_index() == 0:
+        files.write_bytes(directory / "params.safetensors", safetensors.dumps(arrays))
         files.write_json(directory / "config.json", setup.config.to_dict())
 
 
