@@ -139,9 +139,7 @@ def upsample(x, taps, pad: int):
 def convolve(x, weight, pad: int):
     """Cross-correlation of x [B,H,W,Ci] with weight [k,k,Ci,Co], stride 1, `pad` zeros on each side."""
     layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-        x, weight.astype(x.dtype), (1, 1), [(pad, pad)] * 2, dimension_numbers=layout
-    )
+    return jax.lax.conv_general_dilated(x, weight.astype(x.dtype), (1, 1), [(pad, pad)] * 2, dimension_numbers=layout)
 
 
 class Conv(nn.Module):

@@ -94,8 +94,9 @@ class Checkpoints:
                 _verify(restored["state"], restored["meta"]["digests"])
                 return restored["state"], restored["meta"]
             except Exception as e:  # Orbax raises many kinds for damaged files: none of them may stop a run
-                reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-                print(f"warning: checkpoint {self.directory}/{step} is damaged ({reason}): skipped", file=sys.stderr)
+                print(
+                    f"warning: checkpoint {self.directory}/{step} is damaged ({_reason(e)}): skipped", file=sys.stderr
+                )
                 self._manager.delete(step)
         return None
 
@@ -104,6 +105,11 @@ def _verify(tree, expected: dict[str, int]) -> None:
     wrong = [path for path, value in digests(tree).items() if expected.get(path) != value]
     if wrong:
         raise ValueError(f"digest of {wrong[0]} does not match")
+
+
+def _reason(e: Exception) -> str:
+    """Orbax's messages run over pages: the beginning of the first line."""
+    return (str(e).splitlines() or [type(e).__name__])[0][:160]
 
 
 def restore_ema(directory: epath.PathLike, step: int | None, abstract):
@@ -130,9 +136,8 @@ def restore_ema(directory: epath.PathLike, step: int | None, abstract):
             restored = manager.restore(step, args=args)
             _verify(restored["state"], restored["meta"]["digests"])
         except Exception as e:
-            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             raise UserError(
-                f"{directory}/{step}: {reason}; the checkpoint is damaged or of another network: "
+                f"{directory}/{step}: {_reason(e)}; the checkpoint is damaged or of another network: "
                 "remove the candidate's directory and start again, or take another checkpoint"
             ) from None
         return restored["state"]["ema"]

@@ -1,5 +1,6 @@
 """The inner loop: one phase (pretraining, a candidate, a control) from its start or checkpoint to its end."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -120,7 +121,8 @@ def train(phase: Phase, tools: Tools, renew: Callable[[], None] = lambda: None) 
         shapes = sharding.abstract(mesh, jax.eval_shape(fresh))
         restored, meta = checkpoints.restore_latest(shapes) or (None, {"evals": [], "step": 0})
         loop = _Loop(phase, tools, checkpoints, meta["evals"], meta["step"], renew)
-        return loop.run(fresh() if restored is None else restored)
+        with contextlib.closing(loop.log):
+            return loop.run(fresh() if restored is None else restored)
 
 
 class _Loop:
@@ -171,7 +173,6 @@ class _Loop:
                 totals = self.zero()
             if save:
                 self.save(done, training_state, evaluate)
-        self.log.close()
         tools.console.status(self.progress.text(phase.total, self.text), done=True)
         images = phase.total * phase.config.batch
         return {

@@ -135,7 +135,7 @@ def make_step(family, c, tx, mesh, shapes, *, objective: str, warmup: float, tot
         key = jax.random.fold_in(key, state["step"])
         params = family.project(state["params"])
         grads, stats = gradients(params, ref, frozen, real, fake, key, hyper)
-        stats["grad_norm"] = measured(optax.global_norm(grads)[None])
+        stats["grad_norm"] = measured(optax.tree.norm(grads)[None])
         state = advance({**state, "params": params}, grads, tx, c, hyper, warmup=warmup, total=total)
         return state, jax.tree.map(jnp.add, totals, stats)
 

@@ -63,9 +63,7 @@ def test_every_mistake_is_named():
     with pytest.raises(ValueError, match="model.map_noise.freqs: missing"):
         to_torch("edm", config, {"params": variables["params"]})
     with pytest.raises(ValueError, match=r"params/net/extra: shape \[2\]; this configuration has no such"):
-        to_torch(
-            "edm", config, variables | {"params": {"net": variables["params"]["net"] | {"extra": np.ones(2)}}}
-        )
+        to_torch("edm", config, variables | {"params": {"net": variables["params"]["net"] | {"extra": np.ones(2)}}})
     with pytest.raises(ValueError, match="kind is 'edn'; allowed: .*edm"):
         from_torch("edn", config, state)
 

@@ -125,9 +125,7 @@ def every(values, expected):
 
 
 def test_song_initialisation(initial):
-    variables = initial(
-        SONG | {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual"}
-    )
+    variables = initial(SONG | {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual"})
     net = variables["params"]["net"]
     block = net["enc"]["4x4_block0"]
     every(block["conv0"]["weight"], math.sqrt(6 / (9 * (32 + 64))))

@@ -1,0 +1,177 @@
+"""Configs: what is refused, with which words; durations; what may differ when a workdir is continued."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from ddo_jax.errors import UserError
+from ddo_jax.run import config as configs
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "configs").glob("*.py"))
+VARIANTS = {"digits": ("", "runlocal", "unet")}
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "path, variant",
+    [(p, v) for p in FILES if p.stem != "common" for v in VARIANTS.get(p.stem, ("", "runlocal"))],
+    ids=lambda x: getattr(x, "stem", x),
+)
+def test_shipped_configs_are_valid(path, variant):
+    """Breaks if a config or a variant cannot run on one device, or is not locked."""
+    config = load(path).get_config(variant)
+    configs.validate(config, 1)
+    with pytest.raises(AttributeError):
+        config.ddo.alhpa = 1.0
+
+
+def test_unknown_variant_is_refused():
+    """Breaks if a misspelt variant runs the full experiment."""
+    with pytest.raises(ValueError, match="runlocl.*runlocal, unet"):
+        load(ROOT / "configs" / "digits.py").get_config("runlocl")
+
+
+def test_micro_is_valid(micro):
+    """Breaks if the config that the tests below spoil is not good in the first place."""
+    configs.validate(micro, 1)
+    configs.validate(micro, 8)
+
+
+def test_base_is_locked():
+    """Breaks if a misspelt key in a config file is added silently, at any depth."""
+    for section in (None, "ddo", "ddo.length", "model", "sampler"):
+        part = configs.base()
+        for name in section.split(".") if section else ():
+            part = part[name]
+        with pytest.raises(AttributeError):
+            part.typo = 1
+
+
+def test_misspelt_key_shows_the_nearest():
+    """Breaks if the lock's answer, or validate's, does not name the right key."""
+    config = configs.base()
+    with pytest.raises(AttributeError, match="Did you mean.*alpha"):
+        config.ddo.alhpa = (1.0,)
+    with config.unlocked():
+        config.ddo.alhpa = (1.0,)
+    with pytest.raises(UserError, match=r'config.ddo.alhpa: unknown key; did you mean "ddo.alpha"'):
+        configs.validate(config, 1)
+
+
+def test_missing_key(micro):
+    """Breaks if a config that was not made from base() runs on defaults nobody chose."""
+    with micro.unlocked():
+        del micro.ddo.beta
+    with pytest.raises(UserError, match="config.ddo.beta: missing"):
+        configs.validate(micro, 1)
+
+
+def put(config, key, value):
+    *path, last = key.split(".")
+    for name in path:
+        config = config[name]
+    with config.unlocked(), config.ignore_type():
+        config[last] = value
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("ddo.lr", "fast", "'fast'; allowed: a float"),
+        ("ddo.rounds", 1.5, "1.5; allowed: a int"),
+        ("ddo.rounds", True, "True; allowed: a int"),
+        ("data.flip", 1, "1; allowed: a bool"),
+        ("ddo.alpha", (), "at least one value"),
+        ("ddo.alpha", (0.0,), "above 0"),
+        ("ddo.alpha", (4.0, -1.0), "above 0"),
+        ("ddo.alpha", ("4",), "above 0"),
+        ("ddo.beta", (0.0,), "above 0"),
+        ("ddo.beta", (float("nan"),), "above 0"),
+        ("ddo.beta", (float("inf"),), "above 0"),
+        ("control.lrs", ("1e-3",), "above 0"),
+        ("pretrain.lr", 0.0, "above 0"),
+        ("pretrain.schedule", "linear", "'linear'; allowed: constant, cosine, inverse_sqrt"),
+        ("pretrain.ema_mimg", -1.0, "0 or more"),
+        ("pretrain.length.steps", 0, "above 0"),
+        ("pretrain.length.steps", None, "unset.*allowed: a duration"),
+        ("ddo.length.steps", None, "unset.*allowed: a duration"),
+        ("ddo.eval_every.steps", None, "unset.*allowed: a duration"),
+        ("control.eval_every.steps", None, "unset.*allowed: a duration"),
+        ("precision", "BF16_BF16_F32_X3", "'BF16_BF16_F32_X3'; allowed: default, high, highest"),
+        ("precision", "HIGHEST", "allowed: default, high, highest"),
+        ("keep", "some", "'some'; allowed: best, all"),
+        ("ddo.accumulation", 3, "3; allowed: a divisor of ddo.batch = 16"),
+        ("ddo.accumulation", 0, "0; allowed: a divisor"),
+        ("mesh.fsdp", 3, "3; allowed: a divisor of the 8 devices"),
+        ("ddo.batch", 20, "20; allowed: .*multiple of the 8 devices"),
+        ("pretrain.accumulation", 4, "4; allowed: .*multiple of the 8 devices"),
+        ("eval.batch", 12, "12; allowed: .*multiple of the 8 devices"),
+        ("eval.num", 1, "1; allowed: at least 2"),
+        ("seed", -1, "-1; allowed: 0 or more"),
+    ],
+)
+def test_bad_values_are_refused(micro, key, value, words):
+    """Breaks if one of these starts a run, or the line lacks the key, the value or what is allowed."""
+    put(micro, key, value)
+    with pytest.raises(UserError, match=words) as e:
+        configs.validate(micro, 8)
+    section = key.removesuffix(".steps") if value is None else key
+    assert f"config.{section.split('.accumulation')[0]}" in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_whole_numbers_are_good_floats(micro):
+    """Breaks if `--config.ddo.lr=1` or alpha (4,) is refused."""
+    put(micro, "ddo.lr", 1)
+    put(micro, "ddo.alpha", (4,))
+    configs.validate(micro, 1)
+
+
+def test_two_units_of_one_duration(micro):
+    """Breaks if one of two durations wins silently."""
+    micro.ddo.length.mimg = 1.0
+    with pytest.raises(UserError, match=r"ddo.length.mimg = 1.0 and config.ddo.length.steps = 2: set only one"):
+        configs.validate(micro, 1)
+
+
+def test_durations_in_steps():
+    """Breaks if a unit is converted wrongly, rounds to no step, or an unset duration becomes one."""
+    given = [("steps", 7), ("mimg", 0.001), ("epochs", 2.0), ("mimg", 1e-9)]
+    durations = [{"steps": None, "mimg": None, "epochs": None, unit: value} for unit, value in given]
+    assert [configs.steps(d, 10, 55, "x") for d in durations] == [7, 100, 11, 1]
+    assert configs.steps({"steps": None, "mimg": None, "epochs": None}, 10, 55, "x") is None
+
+
+HARMLESS = ["log.every", "log.tensorboard", "keep", "lease_s", "name", "remark", "data.dir", "eval.grid"]
+HARMLESS += ["ddo.save_every.steps", "pretrain.accumulation", "mesh.fsdp"]
+SERIOUS = ["seed", "precision", "data.name", "data.split", "data.flip", "model.levels", "model.width", "ddo.lr"]
+SERIOUS += ["ddo.alpha", "ddo.rounds", "pretrain.length.steps", "eval.num", "sampler.num_steps", "control.enabled"]
+
+
+@pytest.mark.parametrize("key", HARMLESS + SERIOUS)
+def test_difference(micro, key):
+    """Breaks if a key that changes numbers may differ in a continued workdir, or one that does not may not."""
+    old = micro.to_dict()
+    put(micro, key, "other")
+    found = configs.difference(old, micro.to_dict())
+    before = dict(configs.leaves(old))[key]
+    assert found == ([] if key in HARMLESS else [f"config.{key}: {before} -> other"])
+
+
+def test_difference_of_absent_keys_and_tuples(micro):
+    """Breaks if JSON's lists differ from tuples, or a key only one side has is not shown."""
+    old = micro.to_dict()
+    listed = copy.deepcopy(old)
+    listed["ddo"]["alpha"] = list(old["ddo"]["alpha"])
+    assert configs.difference(listed, old) == []
+    del listed["model"]["blocks"]
+    assert configs.difference(listed, old) == ["config.model.blocks: absent -> 1"]

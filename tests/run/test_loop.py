@@ -1,0 +1,81 @@
+"""The inner loop: resuming, stopping at the first bad number, its records."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from ddo_jax import files
+from ddo_jax.errors import UserError
+from ddo_jax.run import loop, rounds
+
+
+@pytest.fixture
+def run(setup, tmp_path):
+    """A function that prepares a phase of `setup` in a directory: run(name, total, **changes)."""
+
+    def make(name, total, tools=setup.tools, **changes):
+        own = setup._replace(workdir=setup.workdir.__class__(tmp_path))
+        params = jax.tree.map(np.asarray, setup.tools.family.init(jax.random.key(0))[0])
+        phase = rounds.phase(own, "pretrain", name, params, total=total, **changes)
+        return dataclasses.replace(phase, save_every=2), tools
+
+    return make
+
+
+def leaves(state):
+    return [np.asarray(x) for x in jax.tree.leaves(state)]
+
+
+def final(phase, tools):
+    with loop.Checkpoints(phase.directory / "checkpoints") as c:
+        fresh = loop.state.new_state(phase.start, loop.state.optimizer(phase.config))
+        abstract = loop.sharding.abstract(tools.mesh, jax.eval_shape(lambda: fresh))
+        return c.restore_latest(abstract)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_four_steps_are_two_and_two(run, monkeypatch):
+    """Breaks if anything of the state, the data position or the noise is lost over a restart."""
+    whole, tools = run("whole", 4)
+    loop.train(whole, tools)
+    halved, _ = run("halved", 4)
+
+    def stop_after_three(self, done, totals, write=loop._Loop.write):
+        if done == 3:
+            raise Stop
+        write(self, done, totals)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "write", stop_after_three)
+        with pytest.raises(Stop):
+            loop.train(halved, tools)
+    assert final(halved, tools)[1]["step"] == 2
+    result = loop.train(halved, tools)
+    assert result["steps"] == 4
+    for a, b in zip(leaves(final(whole, tools)[0]), leaves(final(halved, tools)[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    steps = [[r["step"] for r in files.read_jsonl(p.directory / "metrics.jsonl")] for p in (whole, halved)]
+    assert steps[0] == steps[1] == [1, 2, 3, 4]
+
+
+def test_not_a_number_stops_the_run(run):
+    """Breaks if a diverged run goes on, or overwrites its last good checkpoint."""
+    good, tools = run("nan", 2)
+    loop.train(good, tools)
+    diverging, _ = run("nan", 6, lr=float("inf"))
+    with pytest.raises(UserError, match=r"nan: .* (nan|inf) between steps \d and \d; no checkpoint was overwritten"):
+        loop.train(diverging, tools)
+    state, meta = final(good, tools)
+    assert meta["step"] == 2 and all(np.isfinite(x).all() for x in leaves(state))
+
+
+def test_best_of():
+    """Breaks if the last, the largest or a NaN wins."""
+    evals = [{"step": s, "fd": v} for s, v in ((1, 3.0), (2, 1.0), (3, float("nan")), (4, 1.0), (5, 2.0))]
+    assert loop.best_of(evals, "fd")["step"] == 2
+    assert loop.best_of([], "fd") is None

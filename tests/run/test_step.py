@@ -1,0 +1,115 @@
+"""The training steps: identities at the reference, accumulation, recompilation, EMA, pairing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddo_jax import sharding
+from ddo_jax.core import ddo
+from ddo_jax.run import state, step
+
+
+def build(setup, objective, **changes):
+    """(step, fresh state, arguments after it) of a phase; `changes` go into its config."""
+    c = setup.config["ddo" if objective == "ddo" else "pretrain"].copy_and_resolve_references()
+    c.update(changes)
+    tools = setup.tools
+    tx = state.optimizer(c)
+    params, _ = tools.family.init(jax.random.key(1))
+    fresh = sharding.place(tools.mesh, state.new_state(params, tx))
+    jitted = step.make_step(
+        tools.family, c, tx, tools.mesh, jax.eval_shape(lambda: fresh), objective=objective, warmup=0.0, total=1e6
+    )
+    record = {k: np.asarray(v) for k, v in tools.data.read(np.arange(2 * c.batch)).items()}
+    real, fake = ({k: v[part] for k, v in record.items()} for part in (slice(None, c.batch), slice(c.batch, None)))
+    rest = (params, tools.frozen, real, fake) if objective == "ddo" else (None, tools.frozen, real, None)
+    return jitted, fresh, rest
+
+
+def hyper(alpha=4.0, beta=0.2, lr=1e-3, noise=(-0.4, 1.2)):
+    return step.Hyper(alpha, beta, lr, noise)
+
+
+def zero(setup, objective):
+    return sharding.replicate(setup.tools.mesh, step.zero_totals(objective))
+
+
+def test_first_step_is_at_the_reference(setup):
+    """Breaks if anything random or imprecise stands between target and reference, or a term is mis-weighted."""
+    jitted, fresh, rest = build(setup, "ddo")
+    _, totals = jitted(fresh, zero(setup, "ddo"), *rest, jax.random.key(0), hyper(alpha=3.0))
+    stats = ddo.summarize({k: v for k, v in totals.items() if k not in ("grad_norm", "nll_real")})
+    assert stats["r_real_std"] == 0 and stats["r_fake_std"] == 0 and stats["accuracy"] == 0.5
+    np.testing.assert_allclose([stats["loss_real"], stats["loss_fake"]], [np.log(2), 3 * np.log(2)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["ddo", "mle"])
+def test_accumulation_changes_memory_only(setup, objective):
+    """Breaks if micro-batches are weighted wrongly, draw their own noise, or lose their partners."""
+    results = []
+    for parts in (1, 4):
+        # eps as large as the gradients: Adam's first step would hide a wrong scale
+        jitted, fresh, rest = build(setup, objective, accumulation=parts, eps=1.0)
+        after, totals = jitted(fresh, zero(setup, objective), *rest, jax.random.key(0), hyper(lr=1.0))
+        results.append((after, {k: v for k, v in totals.items()}))
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
+
+
+def test_a_search_compiles_once(setup):
+    """Breaks if alpha, beta, lr or the noise levels become static, or the first call's types differ from later."""
+    jitted, current, rest = build(setup, "ddo")
+    totals = zero(setup, "ddo")
+    for values in (hyper(), hyper(alpha=6.0), hyper(beta=0.01), hyper(lr=1e-5), hyper(noise=(-1.0, 2.0))):
+        current, totals = jitted(current, totals, *rest, jax.random.key(0), values)
+    jitted(current, zero(setup, "ddo"), *rest, jax.random.key(1), hyper())
+    assert jitted._cache_size() == 1
+
+
+def test_ema_follows_its_formula(setup):
+    """Breaks if the EMA lags by a step, takes the old parameters, or the half-life is not in images."""
+    jitted, current, rest = build(setup, "mle", ema_mimg=32e-6)
+    expected = jax.tree.map(np.asarray, current["ema"])
+    totals = zero(setup, "mle")
+    beta = 0.5 ** (setup.config.pretrain.batch / 32)
+    for _ in range(3):
+        current, totals = jitted(current, totals, *rest, jax.random.key(0), hyper(lr=1e-2))
+        params = jax.tree.map(np.asarray, current["params"])
+        expected = jax.tree.map(lambda e, p: p + beta * (e - p), expected, params)
+    for a, b in zip(*map(jax.tree.leaves, (expected, current["ema"])), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_noise_differs_from_step_to_step(setup):
+    """Breaks if the key of a step does not depend on the step."""
+    jitted, current, rest = build(setup, "mle")
+    seen = []
+    for _ in range(2):
+        current, totals = jitted(current, zero(setup, "mle"), *rest, jax.random.key(0), hyper(lr=0.0))
+        seen.append(float(totals["loss_mle"][0]))
+    assert seen[0] != seen[1]
+
+
+def test_a_pair_shares_its_draws(setup):
+    """Breaks if real and fake row i get other (sigma, eps)."""
+    family = setup.tools.family
+    draws = family.draw(jax.random.key(0), 3, (-0.4, 1.2))
+    doubled = step.interleave(draws, draws)
+    for name, value in draws.items():
+        rows = np.asarray(doubled[name]).reshape(3, 2, *value.shape[1:])
+        np.testing.assert_array_equal(rows[:, 0], rows[:, 1])
+        np.testing.assert_array_equal(rows[:, 0], value)
+    real, fake = jnp.arange(3), jnp.arange(10, 13)
+    np.testing.assert_array_equal(step.interleave(real, fake), [0, 10, 1, 11, 2, 12])
+
+
+def test_learning_rate_of_every_schedule(setup):
+    """Breaks if the schedule named in the config is not the one that runs."""
+    c = setup.config.ddo.copy_and_resolve_references()
+    found = {}
+    for schedule in ("constant", "cosine", "inverse_sqrt"):
+        c.update(schedule=schedule, final_lr=0.1, t_ref=100.0)
+        at = [step.learning_rate(c, seen, lr=1.0, warmup=10.0, total=400.0) for seen in (0.0, 5.0, 400.0)]
+        found[schedule] = [round(float(x), 3) for x in at]
+    assert found == {"constant": [0, 0.5, 1], "cosine": [0, 0.5, 0.1], "inverse_sqrt": [0, 0.5, 0.5]}

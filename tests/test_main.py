@@ -1,0 +1,58 @@
+"""The command line: one line, exit code 2, nothing written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*flags, cwd=ROOT, **environment):
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment}
+    line = [sys.executable, "-m", "ddo_jax.main", *flags]
+    return subprocess.run(line, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return str(tmp_path_factory.getbasetemp() / "tfds")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--config.ddo.alhpa=3"], "'alhpa'. Did you mean \"alpha\""),
+        (["--config.ddo.lr=abc"], "--config.ddo.lr=abc: could not convert"),
+        (["--config.ddo.alpha=0"], "config.ddo.alpha: 0; allowed: finite numbers above 0"),
+        (["--config=configs/nowhere.py"], "configs/nowhere.py"),
+        (["--config=configs/digits.py:small"], "unknown variant; allowed: runlocal, unet"),
+        (["digits"], "unexpected argument 'digits'"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, flags, words):
+    """Breaks if a mistake of the user ends in a traceback, another exit code, or a file."""
+    done = command(f"--workdir={tmp_path / 'w'}", *flags)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert words in done.stderr
+    assert not (tmp_path / "w").exists()
+
+
+def test_workdir_that_cannot_be_written(tmp_path, digits):
+    """Breaks if hours pass before the run notices where it cannot write."""
+    (tmp_path / "file").write_text("")
+    done = command(f"--workdir={tmp_path / 'file' / 'w'}", TFDS_DATA_DIR=digits)
+    assert done.returncode == 2 and done.stderr.startswith("error: workdir "), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_dry_run_from_anywhere(tmp_path, digits):
+    """Breaks if --dry_run needs the checkout as current directory, writes, or leaves out a promised figure."""
+    done = command("--dry_run", cwd=tmp_path, TFDS_DATA_DIR=digits)
+    assert done.returncode == 0, done.stderr
+    for words in ("ddo.beta = [0.2]", "64,864 parameters", "MFLOP", "memory", "disk", "3 rounds", "4096 fakes"):
+        assert words in done.stdout, words
+    assert list(tmp_path.iterdir()) == []
