@@ -5,20 +5,12 @@ their original 17 levels 0..16 (uint8), so that a model's samples can be quantis
 Source: UCI "Optical Recognition of Handwritten Digits", as shipped with scikit-learn (CC BY 4.0).
 """
 
-import io
-
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
+
+from ddo_jax.data.images import encode_png
 
 TEST_IMAGES = 360
-
-
-def encode_png(image: np.ndarray) -> bytes:
-    """uint8 [H, W, C] (C = 1 or 3) -> PNG bytes."""
-    buffer = io.BytesIO()
-    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 class DdoDigits(tfds.core.GeneratorBasedBuilder):

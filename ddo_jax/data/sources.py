@@ -1,16 +1,71 @@
 """Where real images come from: `open_source(name, split, directory)`.
 
+    digits            scikit-learn's 8x8 digits, prepared on first use
+    zip:PATH          EDM's format: PNGs and dataset.json                    (or just PATH.zip)
+    folder:PATH       images; one subfolder a class, or dataset.json          (or just PATH)
+    tfds:NAME         a prepared TFDS set: cifar10, imagenet_resized/64x64, the path of a set
+
 A source is random access by integer array, so the position of a run in its data is one integer.
 """
 
 import dataclasses
+import functools
 import os
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from etils import epath
+from tqdm import tqdm
 
+from ddo_jax.data import archives, catalogue, images
 from ddo_jax.errors import UserError
+
+CACHE_BYTES = 2**30  # sets up to this many bytes of pixels are decoded once and kept
+PIECE = 32  # images that a thread reads at a time
+BLOCK = 1024  # images decoded between two moves of the progress bar
+
+
+class Source(Protocol):
+    """What the pipeline, the evaluation and the checks ask of a set of images.
+
+    Attributes:
+      name: names the set in every record, without the place where it lies.
+      num_classes: 0 without labels (all labels are then 0).
+      image_shape: (H, W, C).
+      max_level: the largest pixel value there is, or can be where the set is too large to look.
+      fingerprint: eight hex digits over the content.
+    """
+
+    name: str
+    num_classes: int
+    image_shape: tuple[int, ...]
+    max_level: int
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """{"image": uint8 (or float32 latents) [N, H, W, C], "label": int32 [N]} of int [N]."""
+
+
+class Records(Protocol):
+    """Encoded images; safe to read from several threads."""
+
+    name: str
+    num_classes: int
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def where(self, i: int) -> str:
+        """Names image i in an error."""
+
+    def read(self, indices: list[int]) -> list[tuple[bytes, int]]:
+        """(file content, label) of each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +81,14 @@ class ArraySource:
         return len(self.images)
 
     @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.images.shape[1:]
+
+    @property
+    def max_level(self) -> int:
+        return int(self.images.max())
+
+    @property
     def fingerprint(self) -> str:
         """CRC-32 of the content, eight hex digits: names the data in every record."""
         crc = zlib.crc32(np.ascontiguousarray(self.images))
@@ -33,6 +96,76 @@ class ArraySource:
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         return {"image": self.images[indices], "label": self.labels[indices]}
+
+
+class EncodedSource:
+    """Images decoded as they are read; all at the first read, and kept, if they fit into 1 GiB.
+
+    Raises:
+      UserError: here of the first image, in `read` of any: damaged, or not of the size and mode of the first.
+    """
+
+    def __init__(self, records: Records):
+        self._records, self._lock, self._cache = records, threading.Lock(), None
+        self._threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+        self.name, self.num_classes = records.name, records.num_classes
+        self.image_shape = images.decode(records.read([0])[0][0], records.where(0)).shape
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return self._records.fingerprint
+
+    @functools.cached_property
+    def max_level(self) -> int:
+        return int(self._whole()[0].max()) if self._fits() else 255
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        indices = np.asarray(indices)
+        if self._fits():
+            pixels, labels = self._whole()
+            return {"image": pixels[indices], "label": labels[indices]}
+        pixels, labels = self._empty(len(indices))
+        self._decode_into(indices, pixels, labels)
+        return {"image": pixels, "label": labels}
+
+    def _fits(self) -> bool:
+        return len(self) * int(np.prod(self.image_shape)) <= CACHE_BYTES
+
+    def _whole(self) -> tuple[np.ndarray, np.ndarray]:
+        with self._lock:
+            if self._cache is None:
+                whole = self._empty(len(self))
+                starts = range(0, len(self), BLOCK)
+                for start in tqdm(starts, f"reading {self.name}", disable=None, delay=2, leave=False):
+                    indices = np.arange(start, min(start + BLOCK, len(self)))
+                    self._decode_into(indices, *(part[indices[0] : indices[-1] + 1] for part in whole))
+                self._cache = whole
+            return self._cache
+
+    def _empty(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.empty((n, *self.image_shape), np.uint8), np.empty(n, np.int32)
+
+    def _decode_into(self, indices: np.ndarray, pixels: np.ndarray, labels: np.ndarray) -> None:
+        def piece(rows: range) -> None:
+            chosen = [int(indices[row]) for row in rows]
+            for row, i, (data, label) in zip(rows, chosen, self._records.read(chosen), strict=True):
+                pixels[row], labels[row] = self._decode(data, i), label
+
+        pieces = [range(start, min(start + PIECE, len(indices))) for start in range(0, len(indices), PIECE)]
+        list(self._threads.map(piece, pieces))  # raises what a thread raised
+
+    def _decode(self, data: bytes, i: int) -> np.ndarray:
+        where = self._records.where(i)
+        pixels = images.decode(data, where)
+        if pixels.shape != self.image_shape:
+            raise UserError(
+                f"{where}: height, width, channels {pixels.shape}; allowed: {self.image_shape} "
+                f"as the first image, {self._records.where(0)}"
+            )
+        return pixels
 
 
 def data_dir(directory: str | None) -> epath.Path:
@@ -74,15 +207,50 @@ def open_digits(split: str, directory: str | None) -> ArraySource:
     )
 
 
-SOURCES = {"digits": open_digits}
+KINDS = ("digits", "zip:PATH", "folder:PATH", "tfds:NAME")
 
 
-def open_source(name: str, split: str, directory: str | None = None) -> ArraySource:
-    """Open a dataset by name.
+def open_records(name: str, split: str, directory: str | None = None) -> Records:
+    """The encoded images of "zip:PATH", "folder:PATH", "tfds:NAME", or the path of a .zip or directory.
+
+    A relative PATH that is not there is looked for in `directory`.
 
     Raises:
-      UserError: unknown name (the known ones are listed) or a directory that cannot be used.
+      UserError: unknown name (the known ones are listed), or what it names is missing or damaged.
     """
-    if name not in SOURCES:
-        raise UserError(f"config.data.name: {name!r}; allowed: {', '.join(sorted(SOURCES))}")
-    return SOURCES[name](split, directory)
+    kind, _, rest = name.partition(":")
+    if kind not in ("zip", "folder", "tfds") or not rest:
+        path = _path(name, directory)
+        if name.endswith(".zip"):
+            kind, rest = "zip", name
+        elif name and path.is_dir():
+            is_set = (path / "dataset_info.json").exists() or any(path.glob("*.*.*/dataset_info.json"))
+            kind, rest = ("tfds" if is_set else "folder"), str(path.resolve())
+        else:
+            raise UserError(
+                f"config.data.name: {name!r}; allowed: {', '.join(KINDS)}, the path of a .zip or a directory"
+            )
+    if kind == "tfds":
+        return catalogue.TfdsRecords(rest, split, data_dir(directory))
+    reader = archives.ZipRecords if kind == "zip" else archives.FolderRecords
+    return reader(_path(rest, directory), split)
+
+
+def _path(name: str, directory: str | None) -> Path:
+    path = Path(name).expanduser()
+    return data_dir(directory) / path if directory and not path.exists() else path
+
+
+def open_source(name: str, split: str, directory: str | None = None) -> Source:
+    """Open a dataset by name (see the top of this file).
+
+    Args:
+      name: of the set. split: "train", "test", or a part, "train[:90%]"; zips and folders have only "train".
+      directory: of TFDS sets, and of relative paths; unset: $TFDS_DATA_DIR or ~/tensorflow_datasets.
+
+    Raises:
+      UserError: unknown name (the known ones are listed), or what it names is missing or damaged.
+    """
+    if name == "digits":
+        return open_digits(split, directory)
+    return EncodedSource(open_records(name, split, directory))

@@ -27,13 +27,18 @@ class FeatureNet:
     scale: float
     apply: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 
+    def named(self, num: int) -> str:
+        """The metric's name for `num` images: fewer than 50,000 are never called "fid"."""
+        return self.metric if self.metric != "fid" or num >= 50_000 else f"fid{num / 1000:g}k"
+
 
 def _digits(train, cache: epath.Path) -> FeatureNet:
     from ddo_jax.evaluate import digits
 
     path = cache / "features-digits.npz"
     if not path.exists():
-        fitted = digits.train(train.images, train.labels, train.num_classes)
+        real = train.read(np.arange(len(train)))
+        fitted = digits.train(real["image"], real["label"], train.num_classes)
         layers = [dict(zip("wb", layer, strict=True)) for layer in fitted.layers]
         buffer = io.BytesIO()
         np.savez(buffer, **{f"{kind}{i}": x for i, layer in enumerate(layers) for kind, x in layer.items()})

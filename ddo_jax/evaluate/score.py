@@ -7,6 +7,7 @@ always runs at one fixed, padded micro-batch, so neither the request's size nor 
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ddo_jax import sharding
@@ -17,12 +18,14 @@ from ddo_jax.evaluate.features import FeatureNet
 Sampler = Callable[..., Iterator[dict[str, np.ndarray]]]
 
 
-def make_sampler(family, settings, mesh, batch: int) -> Sampler:
+def make_sampler(family, settings, mesh, batch: int, streams=None) -> Sampler:
     """The sampler of a run.
 
     Args:
       family: Family. settings: of `family.settings`. mesh: of `sharding.make_mesh`.
       batch: images per program run, over all devices.
+      streams: None for JAX's own streams, or seeds -> (latents [n,H,W,C], normals [steps,n,H,W,C]) on the
+        host, both float32 (`sample --rng=torch-cpu`).
 
     Returns:
       sampler(params, frozen, seeds [N], labels [N]) -> iterator of records {"image": uint8 (or latents)
@@ -30,13 +33,19 @@ def make_sampler(family, settings, mesh, batch: int) -> Sampler:
     """
     spread = sharding.batch_sharding(mesh)
 
+    def program(params, frozen, labels, latents, noise):
+        examples = family.sample((family.project(params), None), frozen, labels, latents, noise, settings)
+        return family.store(frozen, examples)
+
     @jax.jit
-    def program(params, frozen, seeds, labels):
+    def seeded(params, frozen, seeds, labels):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), seeds)
         latents = jax.lax.with_sharding_constraint(family.latents(keys), spread)
-        params = family.project(params)
-        examples = family.sample((params, None), frozen, labels, latents, keys, settings)
-        return family.store(frozen, examples)
+        return program(params, frozen, labels, latents, keys)
+
+    @jax.jit
+    def streamed(params, frozen, labels, latents, noise):  # noise [n, steps, ...]: the batch comes first
+        return program(params, frozen, labels, latents, jnp.swapaxes(noise, 0, 1))
 
     def sampler(params, frozen, seeds, labels):
         seeds, labels = np.asarray(seeds, np.uint32), np.asarray(labels, np.int32)
@@ -44,18 +53,29 @@ def make_sampler(family, settings, mesh, batch: int) -> Sampler:
         rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)  # of this host
         for i in range(0, len(seeds), batch):
             n = min(batch, len(seeds) - i)
-            padded = [np.resize(x[i : i + n], batch)[rows] for x in (seeds, labels)]
-            record = program(params, frozen, *sharding.put_batch(mesh, padded))
+            s, y = (np.resize(x[i : i + n], batch)[rows] for x in (seeds, labels))
+            if streams is None:
+                record = seeded(params, frozen, *sharding.put_batch(mesh, (s, y)))
+            else:
+                latents, normals = streams(s)
+                given = sharding.put_batch(mesh, (y, latents, np.swapaxes(normals, 0, 1)))
+                record = streamed(params, frozen, *given)
             yield {k: sharding.to_host(v)[:n] for k, v in record.items()}
 
     return sampler
 
 
-def reference(features: FeatureNet, images: np.ndarray, batch: int = 4096) -> dict:
-    """Moments of real images: {"mu", "root", "sigma"} float64; the root makes every later distance cheap."""
+def reference(features: FeatureNet, images, batch: int = 4096) -> dict:
+    """Moments of real images: {"mu", "root", "sigma"} float64; the root makes every later distance cheap.
+
+    Args:
+      features: the feature network. images: uint8 [N, H, W, C], or a source, read in parts. batch: of a part.
+    """
     moments = None
     for i in range(0, len(images), batch):
-        part = frechet.moments_of(features.apply(images[i : i + batch])[0])
+        rows = slice(i, min(i + batch, len(images)))
+        real = images.read(np.arange(rows.start, rows.stop))["image"] if hasattr(images, "read") else images[rows]
+        part = frechet.moments_of(features.apply(real)[0])
         moments = part if moments is None else frechet.merge(moments, part)
     mu, sigma = frechet.finalize(moments)
     return {"mu": mu, "sigma": sigma, "root": frechet.sqrt_psd(sigma)}
@@ -87,10 +107,16 @@ def score(
     result = {}
     for name, ref in references.items():
         distance = frechet.frechet_distance(ref["mu"], ref["sigma"], mu, sigma, root1=ref["root"])
-        result[features.metric + (f"_{name}" if result else "")] = features.scale * distance
+        result[features.named(n) + (f"_{name}" if result else "")] = features.scale * distance
     if logits is not None:
         result["accuracy"] = right / n
     return result, np.concatenate(kept)
+
+
+def some_images(source, limit: int = 10_000) -> np.ndarray:
+    """All images of a source, or `limit` of them, evenly spread (the classes may lie one after the other)."""
+    indices = np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(np.int64)
+    return source.read(indices)["image"]
 
 
 def nearest_distance(images: np.ndarray, train: np.ndarray, levels: int) -> float:
