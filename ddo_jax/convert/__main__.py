@@ -1,0 +1,136 @@
+"""`python -m ddo_jax.convert SRC DST [--dry_run] [--force]`: a released checkpoint in, a checked one out.
+
+SRC is a file, a known name, hf://..., gs:// or https://; nothing of it is executed. DST ends in .safetensors (released
+names, for the original programs and for `read`) or .npz (config, param/<name>). Every parameter is listed with shape,
+dtype and whether our network has it; anything missing, unknown or of another shape is a refusal. What is written went
+through our layout and back and equals SRC byte for byte. Exit codes: 0 done, 2 something the user can mend.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+
+import numpy as np
+
+from ddo_jax import convert, files
+from ddo_jax.convert import names, safetensors
+from ddo_jax.convert.inert import UnsafeOrDamaged
+from ddo_jax.convert.read import CONFIG_KEY, KIND_KEY, Released, count, read, same_bytes
+from ddo_jax.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without the usage
+        raise UserError(f"{message}; see python -m ddo_jax.convert --help")
+
+
+def parse(argv):
+    parser = _Parser("python -m ddo_jax.convert", description=__doc__.split("\n\n")[1])
+    parser.add_argument("src", metavar="SRC", help="file, known name or URL")
+    parser.add_argument("dst", metavar="DST", nargs="?", help="output: .safetensors or .npz; not needed with --dry_run")
+    parser.add_argument("--dry_run", action="store_true", help="print the table and stop")
+    parser.add_argument("--force", action="store_true", help="replace DST if it exists")
+    args = parser.parse_args(argv)
+    if args.dst is None and not args.dry_run:
+        raise UserError("DST is missing; give a .safetensors or .npz file, or --dry_run")
+    return args
+
+
+def check_destination(dst: str, force: bool):
+    """Before any work: a format we write, in a place where nothing is lost."""
+    if os.path.isdir(dst) or not dst.endswith((".safetensors", ".npz")):
+        # Our own checkpoint directory is written here once the run package offers a function for it.
+        raise UserError(f"{dst}: cannot be written; DST must be a file ending in .safetensors or .npz")
+    if os.path.exists(dst) and not force:
+        raise UserError(f"{dst}: exists; choose another name or pass --force to replace it")
+    if not os.path.isdir(os.path.dirname(dst) or "."):
+        raise UserError(f"{dst}: its folder does not exist; create it first")
+
+
+def table(released: Released, expected: dict) -> tuple[str, str | None]:
+    """(aligned lines: name, shape, dtype, matched or not; the first mismatch or None)."""
+    rows, mismatch = [], None
+    state, dtypes = released.state_dict, released.extras["dtypes"]
+    for name in [*state, *(n for n in expected if n not in state)]:
+        if name not in expected:
+            status = "UNKNOWN"
+        elif name not in state:
+            status = "MISSING"
+        elif state[name].shape != expected[name]:
+            status = f"SHAPE, expected {list(expected[name])}"
+        else:
+            status = "matched"
+        shape = list(state[name].shape if name in state else expected[name])
+        rows.append((name, str(shape), dtypes.get(name, "-"), status))
+        if status != "matched" and mismatch is None:
+            mismatch = f"{name}: {status.lower()}; shape {shape}"
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+    return "\n".join("  ".join(f"{v:<{w}}" for v, w in zip(row, [*widths, 0], strict=True)) for row in rows), mismatch
+
+
+def convert_checked(released: Released) -> dict:
+    """The state dict after a round trip through our layout, equal byte for byte; prints the table.
+
+    Raises:
+      UserError: a kind without converter, or a parameter that does not fit.
+    """
+    if released.kind not in convert.KINDS:
+        keys = ", ".join(list(released.state_dict)[:2])
+        allowed = ", ".join(convert.KINDS)
+        raise UserError(
+            f"{len(released.state_dict)} parameters ({keys}, ...) of no kind we convert; allowed: {allowed}"
+        )
+    try:
+        expected = convert.layout(released.kind, released.config)
+        lines, mismatch = table(released, expected)
+        print(lines)
+        if mismatch:
+            raise UserError(mismatch)
+        _, variables = convert.from_torch(released.kind, released.config, released.state_dict)
+        state = convert.to_torch(released.kind, released.config, variables)
+    except (ValueError, TypeError) as e:
+        raise UserError(str(e)) from None
+    if not same_bytes(state, released.state_dict):
+        raise UserError("a resample_filter differs in its last bits from the one of the configuration")
+    buffers = sum(name.endswith((".freqs", ".resample_filter")) for name in state)
+    print(f"kind {released.kind}; {len(state) - buffers} parameter tensors, {buffers} buffers, {count(state):,} values")
+    if wide := sum(dtype == "bfloat16" for dtype in released.extras["dtypes"].values()):
+        print(f"{wide} bfloat16 tensors are widened to float32, without loss")
+    print(f"config {json.dumps(released.config)}")
+    return state
+
+
+def encode(dst: str, released: Released, state: dict) -> bytes:
+    """The bytes of DST."""
+    config = json.dumps(released.config)
+    if dst.endswith(".npz"):
+        buffer = io.BytesIO()
+        np.savez(buffer, config=config, kind=released.kind, **{f"param/{k}": v for k, v in state.items()})
+        return buffer.getvalue()
+    return safetensors.dumps(state, {"format": "pt", KIND_KEY: released.kind, CONFIG_KEY: config})
+
+
+def run(argv):
+    args = parse(argv)
+    if args.dst is not None and not args.dry_run:
+        check_destination(args.dst, args.force)
+    released = read(names.resolve(args.src))
+    state = convert_checked(released)
+    if not args.dry_run:
+        files.write_bytes(args.dst, encode(args.dst, released, state))
+        print(f"wrote {args.dst}, equal to the source byte for byte")
+
+
+def main(argv=None) -> int:
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except (UserError, UnsafeOrDamaged) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

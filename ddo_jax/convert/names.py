@@ -1,0 +1,208 @@
+"""Known names, hf://, gs:// and https:// -> a local file, through a cache.
+
+    resolve("edm-cifar10-uncond-vp") -> "~/.cache/ddo_jax/weights/edm-cifar10-32x32-uncond-vp.pkl"
+
+The order is: a local path; the cache; a short, explicit try of the network. HF_HUB_OFFLINE=1 forbids that last step
+for all schemes. Nothing waits longer than about 15 s for a network that is not there.
+"""
+
+import difflib
+import importlib.util
+import os
+import shutil
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from pathlib import Path
+
+from ddo_jax.errors import UserError
+
+CONNECT_SECONDS = 10  # per attempt; PROBE_SECONDS also covers name resolution, which has no timeout of its own
+PROBE_SECONDS = 14
+
+# The base address of NVIDIA's EDM files is from memory and not verified here (no network).
+_EDM = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
+_DDO = "hf://nvidia/DirectDiscriminativeOptimization/"  # specs/ddo.md section 5
+
+_EDM_FILES = [
+    *(f"edm-cifar10-32x32-{labels}-{net}" for labels in ("cond", "uncond") for net in ("vp", "ve")),
+    *(f"edm-{data}-64x64-uncond-{net}" for data in ("ffhq", "afhqv2") for net in ("vp", "ve")),
+    "edm-imagenet-64x64-cond-adm",
+]
+SOURCES = {
+    **{name: f"{_EDM}{name}.pkl" for name in _EDM_FILES},
+    "edm-cifar10-uncond-vp-ddo": f"{_DDO}edm-cifar10-uncond-vp-ddo.pkl",
+    "edm-cifar10-cond-vp-ddo": f"{_DDO}edm-cifar10-cond-vp-ddo.pkl",
+    "edm2-img64-s-ddo": f"{_DDO}edm2-img64-s-ddo.pkl",
+    "edm2-img512-l-ddo": f"{_DDO}edm2-img512-l-ddo.pkl",
+    "var-d16-ddo": f"{_DDO}var_d16-ddo.pth",
+    "var-d30-ddo": f"{_DDO}var_d30-ddo.pth",
+}
+
+
+def _short(name: str) -> str:
+    """edm-cifar10-32x32-cond-vp -> edm-cifar10-cond-vp: one resolution was released per data set."""
+    return name.replace("-32x32", "").replace("-64x64", "")
+
+
+ALIASES = {_short(name): name for name in _EDM_FILES}
+
+
+def cache_dir() -> Path:
+    """$XDG_CACHE_HOME/ddo_jax/weights, by default ~/.cache/ddo_jax/weights."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddo_jax" / "weights"
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in ("1", "ON", "YES", "TRUE")
+
+
+def resolve(what) -> str:
+    """The local path of a checkpoint.
+
+    Args:
+      what: a local path, a known name (`SOURCES`, `ALIASES`), hf://owner/repository/file, gs://..., https://...
+
+    Raises:
+      UserError: not there and not to be had; says what was looked for and where to put the file.
+    """
+    what = os.fspath(what)
+    if os.path.exists(what):
+        return what
+    url = SOURCES.get(ALIASES.get(what, what), what)
+    scheme, found, rest = url.partition("://")
+    if not found:
+        names = sorted([*SOURCES, *ALIASES])
+        near = difflib.get_close_matches(what, names, n=3) or names
+        raise UserError(f"{what}: no such file and no known name; allowed: a path, URL or name ({', '.join(near)})")
+    if scheme not in _FETCH:
+        raise UserError(f"{what}: {scheme}:// is not supported; allowed: {', '.join(f'{s}://' for s in _FETCH)}")
+    known = url != what
+    target = cache_dir() / (url.rsplit("/", 1)[1] if known else urllib.parse.quote(rest, safe="")[-200:])
+    if target.is_file():
+        return str(target)
+    try:
+        return _FETCH[scheme](url, target)
+    except _Unavailable as e:
+        origin = f"{what} ({url})" if known else what
+        raise UserError(f"{origin}: {e}; or put the file at {target}") from None
+
+
+class _Unavailable(Exception):
+    """Why a download did not happen; the first half of a message."""
+
+
+def _within(seconds: float, function):
+    """function() in a thread, its value or exception; `_Unavailable` after `seconds` (name resolution can hang)."""
+    result = []
+
+    def call():
+        try:
+            result.append((function(), None))
+        except Exception as e:  # handed to the caller below
+            result.append((None, e))
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not result:
+        raise _Unavailable(f"no answer within {seconds:g} s; check the network")
+    value, error = result[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def _check_online():
+    if _offline():
+        raise _Unavailable("not in the cache and HF_HUB_OFFLINE is set; unset it to download")
+
+
+def _reason(error: Exception) -> str:
+    text = str(error.reason if type(error) is urllib.error.URLError else error) or type(error).__name__
+    return " ".join(text.split())[:200]
+
+
+def _open(url: str, any_answer: bool = False):
+    """The response; with `any_answer` a refusal by the server is one, too."""
+    try:
+        return _within(PROBE_SECONDS, lambda: urllib.request.urlopen(url, timeout=CONNECT_SECONDS))
+    except urllib.error.HTTPError as e:
+        if any_answer:
+            return e
+        e.close()
+        raise _Unavailable(f"cannot be downloaded ({_reason(e)})") from None
+    except (OSError, ValueError) as e:  # URLError and timeouts are OSErrors
+        raise _Unavailable(f"cannot be downloaded ({_reason(e)}); check the network") from None
+
+
+def _publish(target: Path, copy):
+    """copy(temporary path), then rename: `target` is whole or absent."""
+    temporary = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy(temporary)
+        os.replace(temporary, target)
+    except (OSError, ValueError) as e:
+        raise _Unavailable(f"the download broke off ({_reason(e)}); try again") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return str(target)
+
+
+def _https(url: str, target: Path) -> str:
+    _check_online()
+    with _open(url) as response:
+
+        def copy(temporary):
+            with open(temporary, "wb") as f:
+                shutil.copyfileobj(response, f, 1 << 20)
+            announced = response.headers.get("Content-Length")
+            if announced and temporary.stat().st_size != int(announced):
+                raise ValueError(f"{temporary.stat().st_size} of {announced} bytes")
+
+        return _publish(target, copy)
+
+
+def _gs(url: str, target: Path) -> str:
+    _check_online()
+    from etils import epath
+
+    try:
+        exists = _within(PROBE_SECONDS, epath.Path(url).exists)
+    except ImportError:
+        raise _Unavailable("gs:// needs gcsfs: pip install 'ddo_jax[gcs]'") from None
+    except _Unavailable:
+        raise
+    except Exception as e:  # whatever the storage library of the day raises
+        raise _Unavailable(f"cannot be read ({_reason(e)}); check the network and your credentials") from None
+    if not exists:
+        raise _Unavailable("no such object")
+    return _publish(target, lambda temporary: epath.Path(url).copy(temporary))
+
+
+def _hf(url: str, target: Path) -> str:
+    owner, name, file = (*url.removeprefix("hf://").split("/", 2), "", "", "")[:3]
+    if not file:
+        raise _Unavailable("written hf://owner/repository/file")
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise _Unavailable("hf:// needs huggingface_hub: pip install 'ddo_jax[hub]'")
+    from huggingface_hub import hf_hub_download
+
+    repo = f"{owner}/{name}"
+    try:
+        return hf_hub_download(repo, file, local_files_only=True)
+    except Exception:  # its own exception of the day: not in its cache
+        _check_online()
+    # The hub retries for half a minute without a network, whatever timeout it is given: knock first.
+    host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).netloc
+    _open(f"https://{host}/api/models/{repo}", any_answer=True).close()
+    try:
+        return hf_hub_download(repo, file)
+    except Exception as e:
+        raise _Unavailable(f"cannot be downloaded ({_reason(e)})") from None
+
+
+_FETCH = {"hf": _hf, "gs": _gs, "https": _https}

@@ -1,0 +1,171 @@
+"""Names, URLs and the cache; without a network one line says what was looked for and where to put the file."""
+
+import http.server
+import pathlib
+import sys
+import threading
+import time
+import types
+import urllib.request
+
+import pytest
+
+from ddo_jax.convert import names
+from ddo_jax.errors import UserError
+from ddo_jax.models.edm import RELEASED
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path / "cache" / "ddo_jax" / "weights"
+
+
+def error(what):
+    start = time.perf_counter()
+    with pytest.raises(UserError) as e:
+        names.resolve(what)
+    assert "\n" not in str(e.value) and time.perf_counter() - start < 15
+    return str(e.value)
+
+
+def test_the_table_is_complete():
+    assert set(RELEASED) <= set(names.SOURCES)
+    assert names.ALIASES["edm-cifar10-uncond-vp"] == "edm-cifar10-32x32-uncond-vp"
+    assert not set(names.ALIASES) & set(names.SOURCES)
+    ddo = {url.rsplit("/", 1)[1] for name, url in names.SOURCES.items() if name.endswith("-ddo")}
+    edm = {"edm-cifar10-uncond-vp-ddo.pkl", "edm-cifar10-cond-vp-ddo.pkl"}
+    assert ddo == edm | {"edm2-img64-s-ddo.pkl", "edm2-img512-l-ddo.pkl", "var_d16-ddo.pth", "var_d30-ddo.pth"}
+
+
+def test_local_paths_and_the_cache_come_first(cache, tmp_path):
+    path = tmp_path / "edm-cifar10-uncond-vp"
+    path.touch()
+    assert names.resolve(path) == str(path) and names.resolve(str(tmp_path)) == str(tmp_path)
+    cache.mkdir(parents=True)
+    for what, file in {
+        "edm-cifar10-uncond-vp": "edm-cifar10-32x32-uncond-vp.pkl",
+        "edm-cifar10-uncond-vp-ddo": "edm-cifar10-uncond-vp-ddo.pkl",
+        "var-d16-ddo": "var_d16-ddo.pth",
+        "https://example.org/a/b.pkl": "example.org%2Fa%2Fb.pkl",
+    }.items():
+        (cache / file).touch()
+        assert names.resolve(what) == str(cache / file)
+
+
+def test_offline_says_what_and_where(cache):
+    seen = error("edm-cifar10-cond-vp")
+    assert seen.startswith("edm-cifar10-cond-vp (https://") and "HF_HUB_OFFLINE is set" in seen
+    assert seen.endswith(f"or put the file at {cache / 'edm-cifar10-32x32-cond-vp.pkl'}")
+    assert str(cache / "edm2-img64-s-ddo.pkl") in error("edm2-img64-s-ddo")
+    assert "HF_HUB_OFFLINE is set" in error("gs://bucket/x.pkl")
+    assert "owner/repository/file" in error("hf://owner/repository")
+
+
+def test_unknown_names():
+    assert "edm-cifar10-uncond-vp-ddo" in error("edm-cifar10-uncond-vp-dod")
+    assert "s3:// is not supported; allowed: hf://, gs://, https://" in error("s3://bucket/x")
+    assert "http:// is not supported" in error("http://example.org/x")
+    assert "no such file and no known name" in error("")
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path.endswith("absent.pkl"):
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", "9" if self.path.endswith("cut.pkl") else "7")
+        self.end_headers()
+        self.wfile.write(b"weights")
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """https://<this> answered by a local server over plain http."""
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as at:
+        thread = threading.Thread(target=at.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        plain = urllib.request.urlopen
+        monkeypatch.setattr(urllib.request, "urlopen", lambda url, **kw: plain(url.replace("https:", "http:"), **kw))
+        yield f"https://127.0.0.1:{at.server_port}"
+        at.shutdown()
+        thread.join()
+
+
+def test_https(server, cache):
+    path = names.resolve(f"{server}/w.pkl")
+    assert pathlib.Path(path).read_bytes() == b"weights" and path.startswith(str(cache))
+    assert names.resolve(f"{server}/w.pkl") == path
+    assert "404" in error(f"{server}/absent.pkl")
+    assert "broke off" in error(f"{server}/cut.pkl")
+    assert len(list(cache.iterdir())) == 1  # nothing torn, nothing temporary
+
+
+def test_no_network(monkeypatch, cache):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert "cannot be downloaded" in error("https://127.0.0.1:1/x.pkl")
+    monkeypatch.setattr(names, "PROBE_SECONDS", 0.05)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: time.sleep(0.5))
+    assert "no answer within 0.05 s" in error("edm-imagenet-cond-adm")
+
+
+def test_the_hub(monkeypatch, cache):
+    """Its own cache, then a knock, then the download; never the hub's own half minute of retries."""
+    monkeypatch.setattr(names.importlib.util, "find_spec", lambda name: None)
+    seen = error("var-d16-ddo")
+    assert "pip install 'ddo_jax[hub]'" in seen and str(cache / "var_d16-ddo.pth") in seen
+
+    calls = []
+
+    def download(repo, file, local_files_only=False):
+        calls.append((repo, file, local_files_only))
+        if local_files_only or "absent" in file:
+            raise FileNotFoundError("not in\nthe cache")
+        return "/there"
+
+    hub = types.ModuleType("huggingface_hub")
+    hub.hf_hub_download = download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setattr(names.importlib.util, "find_spec", lambda name: True)
+    assert "HF_HUB_OFFLINE is set" in error("hf://owner/repo/a/b.pkl")
+    assert calls == [("owner/repo", "a/b.pkl", True)]
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", "https://127.0.0.1:1")
+    assert "check the network" in error("hf://owner/repo/b.pkl")
+    monkeypatch.setattr(names, "_open", lambda url, any_answer: open("/dev/null"))
+    assert names.resolve("hf://owner/repo/b.pkl") == "/there"
+    assert "not in the cache" in error("hf://owner/repo/absent.pkl")
+
+
+def test_object_stores(monkeypatch, cache):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    from etils import epath
+
+    class Path:
+        def __init__(self, url):
+            self.url = url
+
+        def exists(self):
+            if "denied" in self.url:
+                raise RuntimeError("401")
+            if "bare" in self.url:
+                raise ImportError("Please install gcsfs")
+            return "absent" not in self.url
+
+        def copy(self, target):
+            target.write_bytes(b"weights")
+
+    monkeypatch.setattr(epath, "Path", Path)
+    assert pathlib.Path(names.resolve("gs://bucket/w.pkl")).read_bytes() == b"weights"
+    assert "no such object" in error("gs://bucket/absent.pkl")
+    assert "credentials" in error("gs://bucket/denied.pkl")
+    assert "ddo_jax[gcs]" in error("gs://bare/w.pkl")
