@@ -31,6 +31,7 @@ def parse(argv):
     # No default in the flag itself: ml_collections would read the overrides while this module is imported.
     if not any(a.lstrip("-") == "config" or a.lstrip("-").startswith("config=") for a in argv[1:]):
         argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
+    sys.path.append(str(DEFAULT_CONFIG.parent.parent))  # config files share configs/common.py, from anywhere
     try:
         rest = FLAGS(argv)
         if FLAGS["config"].value is not None:

@@ -1,5 +1,6 @@
 """Released checkpoints <-> our pytrees. The only place that knows other people's names and layouts.
 
+    released = read(path)                                        # kind, config, state_dict, extras of any format
     module, variables = from_torch(kind, config, state_dict)     # state_dict: {released name: numpy array}
     state_dict = to_torch(kind, config, variables)               # byte-equal round trip, in the file's order
 
@@ -8,13 +9,26 @@
 
 import importlib
 
-KINDS = {"edm": "ddo_jax.convert.edm"}
+from ddo_jax.convert.read import Released, read
+
+__all__ = ["KINDS", "Released", "from_torch", "layout", "read", "to_torch"]
+
+KINDS = {kind: f"ddo_jax.convert.{kind}" for kind in ("dinov2", "edm", "inception")}
 
 
 def _converter(kind: str):
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; allowed: {', '.join(sorted(KINDS))}")
     return importlib.import_module(KINDS[kind])  # on demand: each kind imports its own networks
+
+
+def layout(kind: str, config: dict) -> dict:
+    """{released name: shape} in file order that `from_torch` expects; allocates nothing.
+
+    Raises:
+      ValueError: unknown kind or configuration.
+    """
+    return _converter(kind).layout(config)[1]
 
 
 def from_torch(kind: str, config: dict, state_dict: dict):

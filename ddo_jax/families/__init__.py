@@ -1,16 +1,17 @@
-"""Registry of families: `get_family(config)`."""
+"""Registry of families: `get_family(config)`; `from_released(config, released)` for files of others."""
+
+import importlib
 
 from ddo_jax.errors import UserError
 from ddo_jax.families.base import Family
 
-
-def _edm(config) -> Family:
-    from ddo_jax.families import edm
-
-    return edm.make(config)
+FAMILIES = {"edm": "ddo_jax.families.edm"}
 
 
-FAMILIES = {"edm": _edm}
+def _module(name: str):
+    if name not in FAMILIES:
+        raise UserError(f"config.family: {name!r}; allowed: {', '.join(sorted(FAMILIES))}")
+    return importlib.import_module(FAMILIES[name])
 
 
 def get_family(config) -> Family:
@@ -19,6 +20,18 @@ def get_family(config) -> Family:
     Raises:
       UserError: unknown family or model arguments.
     """
-    if config.family not in FAMILIES:
-        raise UserError(f"config.family: {config.family!r}; allowed: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[config.family](config)
+    return _module(config.family).make(config)
+
+
+def from_released(config, released) -> None:
+    """Set `config.family`, `config.model` and `config.sampler` to those of a released checkpoint.
+
+    Args:
+      config: ConfigDict, changed in place. released: of `ddo_jax.convert.read`.
+
+    Raises:
+      UserError: a kind no family has.
+    """
+    with config.unlocked():
+        config.family = released.kind
+        _module(released.kind).configure(config, released)

@@ -26,6 +26,7 @@ class Family:
       nfe: network evaluations of one sample under settings: settings -> int.
       init: key -> (params, frozen). frozen: buffers, tokenizer: no gradient, optimizer or EMA.
       encode: (frozen, record, key) -> examples. record = {"image": uint8 [B,H,W,C], "label": int32 [B]}.
+      augment: (examples, key) -> examples: random transforms of an MLE phase, the network being told; never DDO.
       decode: (frozen, examples) -> uint8 [B,H,W,C], quantised like the data.
       store: (frozen, examples) -> the record kept in a pool; `encode` reads it back like the data.
       draw: (key, n, noise) -> draws, shared by target and reference, real and fake row i.
@@ -37,8 +38,11 @@ class Family:
         with dropout and augmentation as configured, drawn from key.
       project: params -> params: EDM2's forced weight normalisation, else the identity.
       latents: keys [B] -> the sampler's starting noise, one independent stream per image.
-      sample: (nets, frozen, labels, latents, keys, settings) -> examples. nets = (main, guide or None).
+      sample: (nets, frozen, labels, latents, noise, settings) -> examples. nets = (main, guide or None);
+        noise: one key an image [B], or the sampler's own normals [steps, B, ...] made elsewhere.
       settings: sampler config (mapping) -> hashable settings of `sample`.
+      imported: released -> (params, frozen): a released checkpoint of this architecture.
+      export: (params, frozen) -> ({name: array}, metadata): the weights under their released names.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Family:
     nfe: Callable[[Any], int]
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
     encode: Callable[[PyTree, PyTree, jax.Array], Examples]
+    augment: Callable[[Examples, jax.Array], Examples]
     decode: Callable[[PyTree, Examples], jax.Array]
     store: Callable[[PyTree, Examples], PyTree]
     draw: Callable[[jax.Array, int, tuple], Draws]
@@ -58,3 +63,5 @@ class Family:
     latents: Callable[[jax.Array], jax.Array]
     sample: Callable[..., Examples]
     settings: Callable[[Any], Any]
+    imported: Callable[[Any], tuple[PyTree, PyTree]]
+    export: Callable[[PyTree, PyTree], tuple[dict, dict]]

@@ -4,10 +4,15 @@ examples = {"x": float32 [B,H,W,C] in [-1, 1], "label": int32 [B]}; draws = {"si
 """
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from ddo_jax import convert
+from ddo_jax.convert import safetensors
+from ddo_jax.core import augment as augmentation
 from ddo_jax.core import ddo, edm, samplers
 from ddo_jax.errors import UserError
 from ddo_jax.families.base import Family
@@ -26,23 +31,35 @@ def to_uint8(x, levels: int):
     return jnp.clip(half * x.astype(jnp.float32) + (half + 0.5), 0, levels - 1).astype(jnp.uint8)
 
 
-def build_network(model):
-    """config.model -> EDMPrecond around the named architecture.
+def released_arguments(model) -> dict:
+    """config.model -> the constructor arguments as a released file records them ("model_type", ...)."""
+    given = {k: v for k, v in model.items() if k not in ("arch", "levels") and v is not None}
+    return {"model_type": model["arch"], **given}
+
+
+def model_config(arguments: dict) -> dict:
+    """The inverse: a released file's arguments as config.model (8-bit images)."""
+    kept = {k: v for k, v in arguments.items() if k not in ("model_type", "use_fp16", "sigma_min", "sigma_max")}
+    return {"arch": arguments["model_type"], "levels": 256, "sigma_data": 0.5, "label_dim": 0, **kept}
+
+
+def build_network(model) -> networks.EDMPrecond:
+    """config.model (a mapping) -> EDMPrecond around the named architecture.
 
     Raises:
       UserError: unknown architecture, or an argument the network refuses.
     """
-    arguments = {k: v for k, v in model.to_dict().items() if k not in ("arch", "levels") and v is not None}
-    shared = {k: arguments.pop(k) for k in ("img_resolution", "img_channels", "label_dim", "sigma_data")}
+    if model["arch"] not in ("mlp", "SongUNet", "DhariwalUNet"):
+        raise UserError(f"config.model.arch: {model['arch']!r}; allowed: mlp, SongUNet, DhariwalUNet")
+    arguments = released_arguments(model)
     try:
-        if model.arch == "mlp":
-            net = ResidualMLP(num_classes=shared["label_dim"], **arguments)
-            return networks.EDMPrecond(net=net, **shared)
-        if model.arch in ("SongUNet", "DhariwalUNet"):
-            return networks.from_config({"model_type": model.arch, **shared, **arguments})
+        if model["arch"] != "mlp":
+            return networks.from_config(arguments)
+        shared = {k: arguments.pop(k) for k in ("img_resolution", "img_channels", "label_dim", "sigma_data")}
+        arguments.pop("model_type")
+        return networks.EDMPrecond(net=ResidualMLP(num_classes=shared["label_dim"], **arguments), **shared)
     except (TypeError, ValueError) as e:
-        raise UserError(f"config.model ({model.arch}): {e}") from None
-    raise UserError(f"config.model.arch: {model.arch!r}; allowed: mlp, SongUNet, DhariwalUNet")
+        raise UserError(f"config.model ({model['arch']}): {e}") from None
 
 
 def heun_settings(sampler) -> samplers.HeunSettings:
@@ -60,13 +77,21 @@ class EDM:
     """The functions of the family for one network; `make` puts them into the record.
 
     Attributes:
-      module: EDMPrecond. levels: grey levels of the data.
+      module: EDMPrecond. model: the config.model that it was built from.
       precision: of every matrix product and convolution. r is a small difference, so it is explicit.
+      sampling: dtype of the image path when sampling ("float32" or "bfloat16").
+      augment_p: probability of EDM's augmentation in MLE phases; 0 switches it off.
     """
 
     module: networks.EDMPrecond
-    levels: int
+    model: dict
     precision: str
+    sampling: str
+    augment_p: float
+
+    @property
+    def levels(self) -> int:
+        return self.model["levels"]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -76,9 +101,9 @@ class EDM:
         """[B] -> [B, K]; id == K ("no label") gives the zero row; None for unconditional networks."""
         return jax.nn.one_hot(labels, self.module.label_dim) if self.module.label_dim else None
 
-    def apply(self, params, frozen, x, sigma, labels, **kwargs):
+    def apply(self, module, params, frozen, x, sigma, labels, *args, **kwargs):
         with jax.default_matmul_precision(self.precision):
-            return self.module.apply({"params": params, **frozen}, x, sigma, self.one_hot(labels), **kwargs)
+            return module.apply({"params": params, **frozen}, x, sigma, self.one_hot(labels), *args, **kwargs)
 
     def inputs(self, examples, draws):
         return edm.edm_inputs(examples["x"], draws["sigma"], draws["eps"], self.module.sigma_data)
@@ -90,6 +115,14 @@ class EDM:
 
     def encode(self, frozen, record, key):
         return {"x": to_unit(record["image"], self.levels), "label": record["label"]}
+
+    def augment(self, examples, key):
+        """EDM's pipeline (specs/edm.md section 13): the images are transformed, the network is told how."""
+        if not self.augment_p:
+            return examples
+        n = examples["x"].shape[0]
+        images, labels = augmentation.augment(examples["x"], augmentation.draw(key, n, self.augment_p))
+        return {**examples, "x": images, "augment": labels}
 
     def decode(self, frozen, examples):
         return to_uint8(examples["x"], self.levels)
@@ -105,7 +138,8 @@ class EDM:
     def score(self, params, frozen, examples, draws, **kwargs):
         """The raw network output F [B,H,W,C]."""
         x_in, c_noise, _ = self.inputs(examples, draws)
-        return self.apply(params, frozen, x_in, c_noise, examples["label"], method="raw", **kwargs)
+        told = examples.get("augment")
+        return self.apply(self.module, params, frozen, x_in, c_noise, examples["label"], told, method="raw", **kwargs)
 
     def ratio(self, s, s_ref, examples, draws):
         return ddo.diffusion_log_ratio(s, s_ref, self.inputs(examples, draws)[2])
@@ -121,18 +155,46 @@ class EDM:
     def latents(self, keys):
         return image_noise(keys, 0, self.shape)
 
-    def sample(self, nets, frozen, labels, latents, keys, settings):
+    def sample(self, nets, frozen, labels, latents, noise, settings):
         params, guide = nets
         if guide is not None:
-            raise NotImplementedError("family edm has no guidance")
+            raise UserError("family edm has no guidance; allowed: a guide for families edm2 and var")
+        module = self.module.clone(dtype=jnp.bfloat16) if self.sampling == "bfloat16" else self.module
 
         def denoise(x, sigma):
-            return self.apply(params, frozen, x, sigma, labels)
+            return self.apply(module, params, frozen, x, sigma, labels).astype(x.dtype)
 
         def churn(i):
-            return image_noise(keys, i + 1, self.shape)
+            keyed = jnp.issubdtype(noise.dtype, jax.dtypes.prng_key)
+            return image_noise(noise, i + 1, self.shape) if keyed else noise[i]
 
         return {"x": samplers.heun_sample(denoise, latents, settings, churn), "label": labels}
+
+    def imported(self, released):
+        if self.model["arch"] == "mlp" or released.kind != "edm":
+            raise UserError(f"weights of kind {released.kind}; config.model.arch is {self.model['arch']!r}")
+        try:
+            variables = dict(convert.from_torch("edm", released_arguments(self.model), released.state_dict)[1])
+        except ValueError as e:
+            raise UserError(f"the weights do not fit config.model: {e}") from None
+        return variables.pop("params"), variables
+
+    def export(self, params, frozen):
+        if self.model["arch"] == "mlp":
+            return safetensors.flatten(params), {"ddo_jax_kind": "mlp"}
+        arguments = released_arguments(self.model)
+        arrays = convert.to_torch("edm", arguments, {"params": params, **frozen})
+        return arrays, {"ddo_jax_kind": "edm", "ddo_jax_config": json.dumps(arguments)}
+
+
+def configure(config, released) -> None:
+    """Set config.model and config.sampler to those of a released EDM checkpoint (specs/edm.md section 11)."""
+    config.model = ConfigDict(model_config(released.config))
+    resolution, network = released.config["img_resolution"], released.config["model_type"]
+    if network == "DhariwalUNet":  # ImageNet-64: 511 NFE
+        config.sampler.update(num_steps=256, s_churn=40.0, s_min=0.05, s_max=50.0, s_noise=1.003)
+    else:  # FFHQ and AFHQv2: 79 NFE; CIFAR-10: 35 NFE
+        config.sampler.update(num_steps=40 if resolution == 64 else 18)
 
 
 def image_noise(keys, stream, shape):
@@ -141,8 +203,16 @@ def image_noise(keys, stream, shape):
 
 
 def make(config) -> Family:
-    """The family for `config.model` at `config.precision`."""
-    this = EDM(build_network(config.model), config.model.levels, config.precision)
+    """The family for `config.model` at `config.precision`.
+
+    Raises:
+      UserError: an argument the network refuses, or augmentation of a network that cannot be told.
+    """
+    model = config.model.to_dict()
+    augment_p = config.data.augment
+    if augment_p and not model.get("augment_dim"):
+        raise UserError(f"config.data.augment: {augment_p}; allowed: 0 unless model.augment_dim = 9")
+    this = EDM(build_network(model), model, config.precision, config.eval.dtype, augment_p)
     return Family(
         name="edm",
         num_classes=this.module.label_dim,
@@ -150,6 +220,7 @@ def make(config) -> Family:
         nfe=lambda settings: settings.nfe,
         init=this.init,
         encode=this.encode,
+        augment=this.augment,
         decode=this.decode,
         store=this.store,
         draw=this.draw,
@@ -161,4 +232,6 @@ def make(config) -> Family:
         latents=this.latents,
         sample=this.sample,
         settings=heun_settings,
+        imported=this.imported,
+        export=this.export,
     )

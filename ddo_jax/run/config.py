@@ -59,6 +59,7 @@ def base() -> ConfigDict:
                 holdout="test",  # scored beside the training set in the report; "" for none
                 dir=config_dict.placeholder(str),  # unset: $TFDS_DATA_DIR or ~/tensorflow_datasets
                 flip=False,  # unlabelled horizontal flips of real images
+                augment=0.0,  # probability of EDM's augmentation in MLE phases; the network is told (model.augment_dim)
             ),
             model=dict(
                 arch="mlp",  # mlp | SongUNet | DhariwalUNet
@@ -93,8 +94,10 @@ def base() -> ConfigDict:
             ),
             eval=dict(
                 network="digits",
-                num=50_000,  # images per evaluation
+                num=50_000,  # images per reported evaluation
+                select_num=config_dict.placeholder(int),  # images per evaluation inside the rounds; unset: num
                 batch=512,  # sampled at a time, over all devices; images do not depend on it
+                dtype="float32",  # of the image path when sampling: float32 | bfloat16; never of the log-ratio
                 report_seeds=3,  # the report scores this many fresh seed ranges
                 grid=100,  # images of the before/after picture
             ),
@@ -223,6 +226,8 @@ def validate(config, devices: int) -> None:
     _check_keys_and_types(config)
     precisions = ("default", "high", "highest")  # the DotAlgorithmPreset names are dropped for convolutions
     _require(config.precision in precisions, "precision", config.precision, ", ".join(precisions))
+    _require(config.eval.dtype in ("float32", "bfloat16"), "eval.dtype", config.eval.dtype, "float32, bfloat16")
+    _require(0 <= config.data.augment <= 1, "data.augment", config.data.augment, "0 to 1")
     _require(config.keep in ("best", "all"), "keep", config.keep, "best, all")
     for phase in ("pretrain", "ddo", "control"):
         _check_phase(config, phase)
@@ -250,5 +255,7 @@ def validate(config, devices: int) -> None:
     for key in ("eval.batch", "eval.grid", "log.every"):
         section, name = key.split(".")
         _require(config[section][name] >= 1, key, config[section][name], "at least 1")
-    _require(config.eval.num >= 2, "eval.num", config.eval.num, "at least 2")
+    for key in ("num", "select_num"):
+        value = config.eval[key]
+        _require(value is None or value >= 2, f"eval.{key}", value, "at least 2")
     _require(config.eval.report_seeds >= 1, "eval.report_seeds", config.eval.report_seeds, "at least 1")

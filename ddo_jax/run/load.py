@@ -1,17 +1,24 @@
-"""WHAT -> a trained model: one grammar for `init`, `ddo_jax.load` and the commands."""
+"""WHAT -> a trained model: one grammar for `init`, `ddo_jax.load` and the commands.
 
-from typing import NamedTuple
+WHAT is a workdir, a phase's or checkpoint directory of ours, a released .pkl/.pth/.safetensors file, a known
+name ("edm-cifar10-uncond-vp-ddo"), hf://owner/repository/file, gs://... or https://...
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from ddo_jax import files, sharding
+from ddo_jax import convert, files, sharding
+from ddo_jax.convert import names
+from ddo_jax.convert.inert import UnsafeOrDamaged
 from ddo_jax.errors import UserError
-from ddo_jax.families import get_family
+from ddo_jax.families import from_released, get_family
 from ddo_jax.families.base import Family
+from ddo_jax.run import config as configs
 from ddo_jax.run import state
-from ddo_jax.run.checkpoint import restore_ema
+from ddo_jax.run.checkpoint import Checkpoints, restore_ema
 
 
 class Loaded(NamedTuple):
@@ -22,24 +29,36 @@ class Loaded(NamedTuple):
     frozen: dict
 
 
-class Found(NamedTuple):
-    """Where WHAT lies: its config, its checkpoints, the step (None: the newest)."""
+class Ours(NamedTuple):
+    """A run of ours: its config, its checkpoints, the step (None: the newest), where its buffers are."""
 
     config: ConfigDict
     checkpoints: epath.Path
     step: int | None
+    root: epath.Path
 
 
-def find(what: str) -> Found:
-    """Resolve a workdir, a phase's directory or a checkpoint directory of ours.
+def find(what: str) -> Ours | convert.Released:
+    """Resolve WHAT.
 
     Raises:
-      UserError: nothing there; says what was looked for.
+      UserError: nothing there, or a file that is damaged or unsafe; says what was looked for.
     """
     path = epath.Path(what)
-    if not path.exists():
-        raise UserError(f"{what}: no such file or directory; allowed: a workdir or a checkpoint of a run")
-    step = None
+    if path.is_dir():
+        return _find_ours(path)
+    local = names.resolve(what)
+    try:
+        released = convert.read(local)
+    except UnsafeOrDamaged as e:
+        raise UserError(str(e)) from None
+    if released.kind is None:
+        raise UserError(f"{local}: not a network of a kind that can be used; allowed: {', '.join(convert.KINDS)}")
+    return released
+
+
+def _find_ours(path: epath.Path) -> Ours:
+    what, step = path, None
     if path.name.isdigit() and path.parent.name == "checkpoints":
         step, path = int(path.name), path.parent
     if path.name != "checkpoints":
@@ -48,22 +67,38 @@ def find(what: str) -> Found:
     for parent in path.absolute().parents:
         config = files.read_json(parent / "config.json")
         if config is not None and path.exists():
-            return Found(ConfigDict(config), path, step)
+            return Ours(ConfigDict(config), path, step, parent)
     raise UserError(f"{what}: no finished run (no {path} with a config.json above it); is it still training?")
 
 
-def load_params(what: str, setup):
-    """The EMA parameters of WHAT for the network of a prepared run, placed on its mesh."""
-    found = find(what)
-    shapes = jax.eval_shape(setup.tools.family.init, jax.random.key(0))[0]
-    return restore_ema(found.checkpoints, found.step, sharding.abstract(setup.tools.mesh, shapes))
+def save_frozen(root: epath.Path, frozen) -> None:
+    """Keep a run's buffers beside its config, once; a network without buffers leaves nothing."""
+    if jax.tree.leaves(frozen) and not sharding.agree((root / "frozen").exists()):
+        with Checkpoints(root / "frozen") as checkpoints:
+            checkpoints.save(0, {"ema": frozen}, {"step": 0})
+
+
+def parameters(found: Ours | convert.Released, family: Family, mesh) -> tuple[Any, Any]:
+    """(params, frozen) of what `find` found, for a family of the same architecture, placed on the mesh.
+
+    Raises:
+      UserError: damaged, or of another architecture; names the first parameter that differs.
+    """
+    params, frozen = jax.eval_shape(family.init, jax.random.key(0))
+    if isinstance(found, Ours):
+        params = restore_ema(found.checkpoints, found.step, sharding.abstract(mesh, params))
+        if jax.tree.leaves(frozen):
+            root = found.root if (found.root / "frozen").exists() else found.root.parent
+            frozen = restore_ema(root / "frozen", 0, sharding.abstract(mesh, frozen))
+        return params, frozen
+    return sharding.place(mesh, family.imported(found))
 
 
 def load(what: str) -> Loaded:
-    """A trained model by path, on this machine's devices.
+    """A trained model, on this machine's devices.
 
     Args:
-      what: a workdir, a phase's directory or a checkpoint directory of ours.
+      what: WHAT, see the top of this module.
 
     Returns:
       (family, params, frozen): `family.sample`, `family.score` and the rest take params and frozen.
@@ -71,9 +106,35 @@ def load(what: str) -> Loaded:
     Raises:
       UserError: nothing usable there.
     """
-    found = find(what)
-    family, mesh = get_family(found.config), sharding.make_mesh(1)
-    params, frozen = jax.eval_shape(family.init, jax.random.key(0))
-    params = restore_ema(found.checkpoints, found.step, sharding.abstract(mesh, params))
-    frozen = jax.jit(lambda key: family.init(key)[1])(state.derive(found.config.seed, "init"))
-    return Loaded(family, params, frozen)
+    found, mesh = find(what), sharding.make_mesh(1)
+    family = family_of(found)
+    return Loaded(family, *parameters(found, family, mesh))
+
+
+def family_of(found: Ours | convert.Released, **overrides) -> Family:
+    """The family of what `find` found; overrides are dotted config keys ("eval.dtype"="bfloat16")."""
+    config = configs.base()
+    if isinstance(found, Ours):
+        with config.unlocked():
+            config.update(found.config)
+    else:
+        from_released(config, found)
+    config.update_from_flattened_dict(overrides)
+    return get_family(config)
+
+
+def settings_of(found: Ours | convert.Released, family: Family, overrides: dict):
+    """The sampler settings a run or a released checkpoint was evaluated with, with overrides."""
+    config = configs.base()
+    if isinstance(found, Ours):
+        config.sampler.update(found.config.sampler)
+    else:
+        with config.unlocked():
+            from_released(config, found)
+    config.sampler.update(overrides)
+    return family.settings(config.sampler)
+
+
+def initial_frozen(family: Family, mesh, seed: int):
+    """Buffers of a network that starts from scratch."""
+    return sharding.place(mesh, jax.jit(lambda key: family.init(key)[1])(state.derive(seed, "init")))

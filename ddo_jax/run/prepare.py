@@ -72,9 +72,9 @@ def make_evaluator(config, workdir, family, frozen, sampler, settings, train):
     reals = {"train": train}
     if config.data.holdout:
         reals[config.data.holdout] = sources.open_source(config.data.name, config.data.holdout, config.data.dir)
-    references = {name: score.reference(network, source.images) for name, source in reals.items()}
+    references = {name: score.reference(network, source) for name, source in reals.items()}
+    numbers = {"report": config.eval.num, "select": config.eval.select_num or config.eval.num}
     protocol = {
-        "n_samples": config.eval.num,
         "labels": "balanced by position" if family.num_classes else "none",
         "sampler": {k: v for k, v in config.sampler.items()},
         "nfe": family.nfe(settings),
@@ -88,16 +88,17 @@ def make_evaluator(config, workdir, family, frozen, sampler, settings, train):
     }
 
     def evaluate(params, phase: str, at: int, purpose: str, index: int) -> tuple[dict, np.ndarray]:
-        seeds = score.seed_range(purpose, index, config.eval.num)
+        num = numbers[purpose]
+        seeds = score.seed_range(purpose, index, num)
         labels = score.balanced(seeds, family.num_classes)
         records = sampler(params, frozen, seeds, labels)
         values, images = score.score(network, references, records, keep=config.eval.grid)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        drawn = {"purpose": purpose, "seeds": [int(seeds[0]), int(seeds[-1])], "time": now}
+        drawn = {"purpose": purpose, "n_samples": num, "seeds": [int(seeds[0]), int(seeds[-1])], "time": now}
         made = {**drawn, "weights": weights_digest(params), **protocol}
-        return {"phase": phase, "step": at, **values, "protocol": made}, images
+        return {"phase": phase, "step": at, "metric": network.named(num), **values, "protocol": made}, images
 
-    return evaluate, network.metric
+    return evaluate, network.named(numbers["select"])
 
 
 def step_factory(config, family, mesh):
@@ -119,7 +120,8 @@ class Checked(NamedTuple):
     family: Family
     settings: Any
     mesh: jax.sharding.Mesh
-    data: sources.ArraySource
+    data: sources.Source
+    init: Any
 
 
 def check(config) -> Checked:
@@ -132,13 +134,13 @@ def check(config) -> Checked:
     family = get_family(config)
     settings = family.settings(config.sampler)
     features.check_name(config.eval.network)
-    if config.init != "scratch":
-        load.find(config.init)
+    mesh = sharding.make_mesh(config.mesh.fsdp)
+    init = None if config.init == "scratch" else load.find(config.init)
     data = sources.open_source(config.data.name, config.data.split, config.data.dir)
     check_data(config, family, data)
     if config.data.holdout:
         sources.open_source(config.data.name, config.data.holdout, config.data.dir)
-    return Checked(family, settings, sharding.make_mesh(config.mesh.fsdp), data)
+    return Checked(family, settings, mesh, data, init)
 
 
 def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.Setup:
@@ -147,9 +149,14 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.
     Raises:
       UserError: see `check`, `open_workdir`.
     """
-    family, settings, mesh, data = check(config)
+    family, settings, mesh, data, init = check(config)
+    params, frozen = None, None
+    if init is not None:
+        params, frozen = load.parameters(init, family, mesh)
+    else:
+        frozen = load.initial_frozen(family, mesh, config.seed)
     workdir = open_workdir(config, workdir)
-    frozen = sharding.place(mesh, jax.jit(lambda k: family.init(k)[1])(state.derive(config.seed, "init")))
+    load.save_frozen(workdir, frozen)
     sampler = score.make_sampler(family, settings, mesh, config.eval.batch)
     evaluate, metric = make_evaluator(config, workdir, family, frozen, sampler, settings, data)
     tools = loop.Tools(
@@ -165,22 +172,21 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.
         log=config.log,
         console=console,
     )
-    return rounds.Setup(config, workdir, tools, sampler)
+    return rounds.Setup(config, workdir, tools, sampler, params)
 
 
 def check_data(config, family, data) -> None:
     """The data must have the shape, the classes and the grey levels that the network is built for."""
-    shape = data.images.shape[1:]
-    if shape != family.image_shape:
+    if data.image_shape != family.image_shape:
         raise UserError(
-            f"config.model: images of {family.image_shape}, but {data.name} has {shape}; "
+            f"config.model: images of {family.image_shape}, but {data.name} has {data.image_shape}; "
             "set model.img_resolution and model.img_channels"
         )
     if family.num_classes not in (0, data.num_classes):
         raise UserError(
             f"config.model.label_dim: {family.num_classes}; allowed: 0 or {data.num_classes} as in {data.name}"
         )
-    if data.images.max() >= config.model.levels:
+    if config.model.levels < 256 and data.max_level >= config.model.levels:  # the maximum may need every image
         raise UserError(
-            f"config.model.levels: {config.model.levels}, but {data.name} has the grey level {data.images.max()}"
+            f"config.model.levels: {config.model.levels}, but {data.name} has the grey level {data.max_level}"
         )

@@ -70,8 +70,9 @@ def shared_protocol(scores: dict[str, dict]) -> str:
     return "\n".join(f"* {k}: {json.dumps(v) if isinstance(v, dict) else v}" for k, v in p.items())
 
 
-def summary_lines(metric: str, scores: dict[str, dict], rounds: list[dict]) -> str:
+def summary_lines(scores: dict[str, dict], rounds: list[dict]) -> str:
     """The result in words, from the numbers."""
+    metric = scores["start"]["evals"][0]["metric"]
 
     def mean(system):
         return statistics.fmean(e[metric] for e in scores[system]["evals"])
@@ -84,7 +85,7 @@ def summary_lines(metric: str, scores: dict[str, dict], rounds: list[dict]) -> s
         lines.append(f"The control (continued MLE, best of learning rates and steps) reaches {mean('control'):.2f}.")
     for r in rounds:
         verdict = "" if r["improved"] else ": not better than its reference, which was kept"
-        change = f"{r['start']:.2f} → {r[metric]:.2f}"
+        change = f"{r['metric']} {r['start']:.2f} → {r[r['metric']]:.2f}"
         lines.append(f"Round {r['round']}: {change} with {r['candidate']} at step {r['step']}{verdict}.")
     return "\n".join(f"* {line}" for line in lines)
 
@@ -119,7 +120,7 @@ def write_report(
     for name, figure in pictures.items():
         files.write_bytes(directory / f"{name}.png", _png(figure))
     path = directory / "report.md"
-    files.write_bytes(path, _text(config, metric, scores, rounds, list(pictures)).encode())
+    files.write_bytes(path, _text(config, scores, rounds, list(pictures)).encode())
     return path
 
 
@@ -143,16 +144,16 @@ CAPTIONS = {
 }
 
 
-def _text(config, metric: str, scores, rounds, pictures: list[str]) -> str:
+def _text(config, scores, rounds, pictures: list[str]) -> str:
     parts = [
         f"# {config.name or 'DDO'}",
-        summary_lines(metric, scores, rounds),
+        summary_lines(scores, rounds),
         "## Numbers",
         score_table(scores),
         f"Mean ± standard deviation over {config.eval.report_seeds} ranges of sampling seeds that chose nothing. "
-        f"`{metric}` is the Fréchet distance to the training images (lower is better), `accuracy` the share of "
-        "images that the feature network puts into their own class, the last column the mean distance of an image "
-        "to its nearest training image (far below that of held-out images would mean copying).",
+        f"`{scores['start']['evals'][0]['metric']}` is the Fréchet distance to the training images (lower is better), "
+        "`accuracy` the share of images that the feature network puts into their own class, the last column the mean "
+        "distance of an image to its nearest training image (far below that of held-out images would mean copying).",
     ]
     if config.remark:
         parts.append(config.remark)

@@ -23,12 +23,13 @@ from ddo_jax.run.checkpoint import restore_ema
 
 
 class Setup(NamedTuple):
-    """A prepared run: what its phases share, and the sampler (see `prepare.prepare`)."""
+    """A prepared run: what its phases share, the sampler, the start if it is not scratch (`prepare.prepare`)."""
 
     config: Any
     workdir: epath.Path
     tools: loop.Tools
     sampler: Any
+    init: Any = None
 
 
 def phase(

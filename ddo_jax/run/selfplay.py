@@ -10,7 +10,6 @@ from ddo_jax.data import sources
 from ddo_jax.evaluate import score
 from ddo_jax.run import record, report, rounds, search
 from ddo_jax.run.checkpoint import Checkpoints
-from ddo_jax.run.load import load_params
 from ddo_jax.run.prepare import prepare
 from ddo_jax.run.rounds import Setup
 
@@ -23,7 +22,7 @@ def run(config, workdir: epath.PathLike) -> epath.Path:
     """
     console = record.Console()
     setup = prepare(config, workdir, console)
-    start = rounds.pretrain(setup) if config.init == "scratch" else load_params(config.init, setup)
+    start = rounds.pretrain(setup) if setup.init is None else setup.init
     systems = {"start": start}
     final_scores(setup, "start", start)
     ref, played = start, []
@@ -54,9 +53,9 @@ def final_scores(setup: Setup, name: str, params) -> dict:
             evals.append({"images": 0, **tools.evaluate(params, name, 0, "report", i)[0]})
             renew()
         images = samples(setup, params, min(c.eval.num, 1024))
-        nearest = score.nearest_distance(images, tools.data.images, c.model.levels)
-        text = report.mean_and_spread([e[tools.metric] for e in evals])
-        tools.console.line(f"{report.NAMES[name]}: {tools.metric} {text}")
+        nearest = score.nearest_distance(images, score.some_images(tools.data), c.model.levels)
+        text = report.mean_and_spread([e[e["metric"]] for e in evals])
+        tools.console.line(f"{report.NAMES[name]}: {evals[0]['metric']} {text}")
         return {"evals": evals, "nearest": nearest}
 
     (result,) = rounds.divide(setup, [search.Task(setup.workdir / "report" / "scores" / name, run)])
@@ -69,7 +68,8 @@ def held_out_scores(setup: Setup) -> dict:
     if not c.data.holdout:
         return {}
     held_out = sources.open_source(c.data.name, c.data.holdout, c.data.dir)
-    nearest = score.nearest_distance(held_out.images, setup.tools.data.images, c.model.levels)
+    images = [score.some_images(source) for source in (held_out, setup.tools.data)]
+    nearest = score.nearest_distance(*images, c.model.levels)
     return {"held-out images": {"evals": [{}], "nearest": nearest}}
 
 
@@ -110,9 +110,9 @@ def publish_best(setup: Setup, params) -> None:
     with Checkpoints(directory / "checkpoints") as checkpoints:
         if checkpoints.latest_step() is None:
             checkpoints.save(0, {"ema": params}, {"step": 0})
-    arrays = {k: sharding.to_host(v) for k, v in safetensors.flatten(params).items()}
+    host = jax.tree.map(sharding.to_host, (params, setup.tools.frozen))
     if jax.process_index() == 0:
-        files.write_bytes(directory / "params.safetensors", safetensors.dumps(arrays))
+        files.write_bytes(directory / "params.safetensors", safetensors.dumps(*setup.tools.family.export(*host)))
         files.write_json(directory / "config.json", setup.config.to_dict())
 
 

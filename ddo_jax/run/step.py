@@ -115,7 +115,7 @@ def make_step(family, c, tx, mesh, shapes, *, objective: str, warmup: float, tot
     """
 
     def gradients(params, ref, frozen, real, fake, key, hyper):
-        key_real, key_fake, key_draw, key_loss = jax.random.split(key, 4)
+        key_real, key_fake, key_draw, key_loss, key_augment = jax.random.split(key, 5)
         real = family.encode(frozen, real, key_real)
         draws = family.draw(key_draw, c.batch, hyper.noise)
         if objective == "ddo":
@@ -129,7 +129,7 @@ def make_step(family, c, tx, mesh, shapes, *, objective: str, warmup: float, tot
         def loss(params, rows, j):
             return mle_objective(family, params, frozen, rows, jax.random.fold_in(key_loss, j))
 
-        return accumulated(loss, params, (real, draws), c.accumulation)
+        return accumulated(loss, params, (family.augment(real, key_augment), draws), c.accumulation)
 
     def step(state, totals, ref, frozen, real, fake, key, hyper):
         key = jax.random.fold_in(key, state["step"])

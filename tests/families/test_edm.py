@@ -75,7 +75,8 @@ def test_no_label_is_the_zero_row(batch):
     """Breaks if id == num_classes is an error, the last class, or wraps around."""
     from ddo_jax.families.edm import EDM, build_network
 
-    edm = EDM(build_network(config().model), 17, "highest")
+    model = config().model.to_dict()
+    edm = EDM(build_network(model), model, "highest", "float32", 0.0)
     one_hot = np.asarray(edm.one_hot(jnp.array([0, 9, 10])))
     np.testing.assert_array_equal(one_hot, np.stack([np.eye(10)[0], np.eye(10)[9], np.zeros(10)]))
 

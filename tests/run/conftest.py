@@ -21,6 +21,21 @@ def digits_directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Setups of one config compile the same programs: once a session is enough."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def standard_promotion():
     with jax.numpy_dtype_promotion("standard"):
         yield

@@ -49,7 +49,6 @@ def test_latest_and_best_are_kept(tmp_path):
     assert same(restore_ema(tmp_path, 2, abstract()["ema"]), tree(2.0)["ema"])
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax abandons a coroutine
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_damage_falls_back_to_the_newest_good_one(tmp_path, capsys, damage):
     """Breaks if a flipped bit in array data is restored silently (Orbax does), or stops the run."""

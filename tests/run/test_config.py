@@ -11,7 +11,13 @@ from ddo_jax.run import config as configs
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*.py"))
-VARIANTS = {"digits": ("", "runlocal", "unet")}
+VARIANTS = {
+    "digits": ("", "runlocal", "unet"),
+    **dict.fromkeys(
+        ("edm_cifar10_uncond", "edm_cifar10_cond", "edm_in64_adm"),
+        ("", "search", "from_scratch", "released", "runlocal"),
+    ),
+}
 
 
 def load(path):

@@ -8,7 +8,7 @@ import pytest
 
 from ddo_jax import files
 from ddo_jax.errors import UserError
-from ddo_jax.run import loop, rounds
+from ddo_jax.run import loop, rounds, search
 
 
 @pytest.fixture
@@ -68,8 +68,10 @@ def test_not_a_number_stops_the_run(run):
     good, tools = run("nan", 2)
     loop.train(good, tools)
     diverging, _ = run("nan", 6, lr=float("inf"))
+    task = search.Task(diverging.directory, lambda renew: loop.train(diverging, tools, renew))
     with pytest.raises(UserError, match=r"nan: .* (nan|inf) between steps \d and \d; no checkpoint was overwritten"):
-        loop.train(diverging, tools)
+        search.divide([task], lease_s=60.0)
+    assert not (diverging.directory / "result.json").exists()
     state, meta = final(good, tools)
     assert meta["step"] == 2 and all(np.isfinite(x).all() for x in leaves(state))
 

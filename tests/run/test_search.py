@@ -77,6 +77,21 @@ def test_expired_lease_is_taken_over(tmp_path):
     assert json.loads((tmp_path / "claim.json").read_text())["job"] == search.JOB
 
 
+def test_two_jobs_find_one_dead_claim(tmp_path):
+    """Breaks if the slower of two jobs that saw a dead claim takes away the claim of the faster one."""
+    claim(epath.Path(tmp_path), job="faster")
+    search._remove(epath.Path(tmp_path) / "claim.json", {"job": "dead"})
+    assert json.loads((tmp_path / "claim.json").read_text())["job"] == "faster"
+    search._remove(epath.Path(tmp_path) / "claim.json", {"job": "faster"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torn_claim_is_nobodys(tmp_path):
+    """Breaks if a claim that cannot be read ends in a traceback, or is taken for the job's own."""
+    (tmp_path / "claim.json").write_text("{")
+    assert not search.take(epath.Path(tmp_path), lease_s=60.0)
+
+
 def test_finished_tasks_are_not_done_again(tmp_path):
     """Breaks if a result is ignored, or the claim is left behind."""
     runs = []

@@ -100,17 +100,52 @@ def test_load_and_start_from_it(done, new_workdir):
     assert scores[0] == scores[1]
 
 
-def test_a_worse_candidate_keeps_the_reference(setup, new_workdir):
-    """Breaks if a round ends with its last or best candidate although the reference was better."""
-    own = setup._replace(workdir=setup.workdir.__class__(new_workdir("worse")))
+def play(setup, workdir, scores, **changes):
+    """One round in `workdir` whose evaluations are `scores(phase, step)`: (setup, start, after, summary)."""
     evaluate = setup.tools.evaluate
 
-    def flattering(params, phase, step, purpose, index):
+    def judged(params, phase, step, purpose, index):
         record, images = evaluate(params, phase, step, purpose, index)
-        return {**record, "fd_x100": 1.0 if step == 0 else 2.0 + step}, images
+        return {**record, "fd_x100": scores(phase, step)}, images
 
-    own = own._replace(tools=dataclasses.replace(setup.tools, evaluate=flattering))
+    config = setup.config.copy_and_resolve_references()
+    config.update(changes)
+    tools = dataclasses.replace(setup.tools, evaluate=judged)
+    own = setup._replace(config=config, workdir=setup.workdir.__class__(workdir), tools=tools)
     ref = jax.tree.map(np.asarray, setup.tools.family.init(jax.random.key(0))[0])
-    after, summary = rounds.play_round(own, 0, ref)
+    return own, ref, *rounds.play_round(own, 0, ref)
+
+
+def test_a_worse_candidate_keeps_the_reference(setup, new_workdir):
+    """Breaks if a round ends with its last or best candidate although the reference was better."""
+    own, ref, after, summary = play(setup, new_workdir("worse"), lambda _, step: 1.0 if step == 0 else 2.0 + step)
     assert not summary["improved"] and after is ref
     assert any("reference is kept" in line for line in setup.tools.console.lines)
+    assert not list(own.workdir.glob("rounds/001/*/checkpoints/*"))
+
+
+def test_the_best_step_of_the_best_candidate_wins(setup, new_workdir):
+    """Breaks if the round takes the last step, the first candidate, or deletes what it chose; keep=all deletes none."""
+    found = {("rounds/001/a4_b0.2", 1): 1.0}
+    scores = {}
+    for keep in ("best", "all"):
+        workdir = new_workdir(keep)
+        own, ref, after, summary = play(setup, workdir, lambda *at: found.get(at, 3.0), keep=keep)
+        assert (summary["improved"], summary["candidate"], summary["step"]) == (True, "a4_b0.2", 1)
+        kept = sorted(str(p.relative_to(workdir)) for p in workdir.glob("rounds/001/*/checkpoints/*"))
+        best = "rounds/001/a4_b0.2/checkpoints/1"
+        assert kept == [best] if keep == "best" else len(kept) == 4 and best in kept
+        assert (workdir / "rounds/001/pool").exists() == (keep == "all")
+        assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(ref), jax.tree.leaves(after), strict=True))
+        scores[keep] = prepare.weights_digest(after)
+    assert scores["best"] == scores["all"]  # and the second time: a run is a function of its config
+    assert prepare.weights_digest(rounds.play_round(own, 0, ref)[0]) == scores["all"]  # from the files
+
+
+def test_interrupted_pruning_is_finished(setup, new_workdir):
+    """Breaks if a kill between best.json and the end of the pruning leaves pool and losers for ever."""
+    own, ref, *_ = play(setup, new_workdir("killed"), lambda _, step: float(step), keep="all")
+    own.config.keep = "best"
+    rounds.play_round(own, 0, ref)
+    assert not (own.workdir / "rounds/001/pool").exists()
+    assert not list(own.workdir.glob("rounds/001/*/checkpoints/*"))

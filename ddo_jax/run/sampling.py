@@ -1,0 +1,178 @@
+"""Generate a set of images into a folder of PNGs or an .npz; what is there already is not made again."""
+
+import io
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from PIL import Image
+from tqdm import tqdm
+
+from ddo_jax import files, sharding
+from ddo_jax.core.torch_rng import TorchCpuStream, edm_streams
+from ddo_jax.data.labels import balanced_labels
+from ddo_jax.errors import UserError
+from ddo_jax.evaluate import score
+from ddo_jax.run import load
+
+
+class Request(NamedTuple):
+    """What to generate.
+
+    Attributes:
+      checkpoint: WHAT (`ddo_jax.run.load`). seeds: [N]. labels: "balanced", "random" or a class id.
+      batch: images per program run. sampler: overrides of the checkpoint's sampler settings.
+      rng: "jax" or "torch-cpu". dtype: of the image path. precision: of matrix products.
+    """
+
+    checkpoint: str
+    seeds: np.ndarray
+    labels: str = "balanced"
+    batch: int = 64
+    sampler: dict = {}
+    rng: str = "jax"
+    dtype: str = "float32"
+    precision: str = "highest"
+
+
+def parse_seeds(text: str) -> np.ndarray:
+    """
+    >>> parse_seeds("0-3,10")
+    array([ 0,  1,  2,  3, 10])
+    """
+    try:
+        parts = [[int(x) for x in part.split("-")] for part in text.split(",")]
+        seeds = np.concatenate([np.arange(p[0], p[-1] + 1) for p in parts if len(p) <= 2 or 1 / 0])
+    except (ValueError, ZeroDivisionError):
+        seeds = np.array([])
+    if seeds.size == 0 or seeds.min() < 0 or seeds.max() >= 2**32:
+        raise UserError(f"--seeds: {text!r}; allowed: ranges and numbers below 2^32, as in 0-49999,60000")
+    return seeds
+
+
+def class_labels(rule: str, seeds: np.ndarray, num_classes: int, rng: str) -> np.ndarray:
+    """One label a seed: by position, drawn from the seed's own stream, or one class for all.
+
+    Raises:
+      UserError: another rule.
+    """
+    if num_classes == 0:
+        return np.zeros(len(seeds), np.int32)
+    if rule == "balanced":
+        return balanced_labels(np.arange(len(seeds)), num_classes)
+    if rule.isdigit() and int(rule) < num_classes:
+        return np.full(len(seeds), int(rule), np.int32)
+    if rule != "random":
+        raise UserError(f"--labels: {rule!r}; allowed: balanced, random, or a class 0-{num_classes - 1}")
+    if rng == "jax":
+        return np.array([np.random.default_rng((int(s), 1)).integers(num_classes) for s in seeds], np.int32)
+    raise AssertionError("torch-cpu labels come with the latents")
+
+
+def torch_labels(seeds: np.ndarray, shape, num_classes: int) -> np.ndarray:
+    """The released sampler's random labels: the draw after the latents."""
+    labels = np.zeros(len(seeds), np.int32)
+    for i, seed in enumerate(seeds):
+        stream = TorchCpuStream(int(seed))
+        stream.normal(shape)
+        labels[i] = stream.integer(num_classes)
+    return labels
+
+
+def generate(request: Request, skip=None) -> tuple[Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]], int]:
+    """(iterator of (seeds, labels, images uint8 [n,H,W,C]), grey levels) of a request.
+
+    Args:
+      skip: seed -> whether its image exists already; or None.
+    """
+    found = load.find(request.checkpoint)
+    family = load.family_of(found, **{"eval.dtype": request.dtype, "precision": request.precision})
+    settings = load.settings_of(found, family, request.sampler)
+    mesh = sharding.make_mesh(1)
+    params, frozen = load.parameters(found, family, mesh)
+    streams = None
+    if request.rng == "torch-cpu":
+
+        def streams(seeds):
+            latents, _, normals = edm_streams(seeds, family.image_shape, family.num_classes, settings.num_steps)
+            return latents, normals
+
+    labels_from_torch = request.rng == "torch-cpu" and request.labels == "random" and family.num_classes
+    if labels_from_torch:
+        labels = torch_labels(request.seeds, family.image_shape, family.num_classes)
+    else:
+        labels = class_labels(request.labels, request.seeds, family.num_classes, request.rng)
+    wanted = np.array([i for i, seed in enumerate(request.seeds) if skip is None or not skip(int(seed))], np.int64)
+    sampler = score.make_sampler(family, settings, mesh, request.batch, streams)
+
+    def pieces():
+        seeds, chosen = request.seeds[wanted], labels[wanted]
+        at = 0
+        for record in sampler(params, frozen, seeds, chosen):
+            n = len(record["image"])
+            yield seeds[at : at + n], record["label"], record["image"]
+            at += n
+
+    levels = found.config.model.levels if isinstance(found, load.Ours) else 256
+    return pieces(), levels
+
+
+def png_path(out: epath.Path, seed: int, subdirs: bool) -> epath.Path:
+    """OUT/000123.png, or OUT/000000/000123.png with one folder a thousand seeds (specs/edm.md section 11)."""
+    folder = out / f"{seed - seed % 1000:06d}" if subdirs else out
+    return folder / f"{seed:06d}.png"
+
+
+def encode(image: np.ndarray, levels: int) -> bytes:
+    """PNG of one image; fewer than 256 grey levels are spread over 0..255."""
+    full = image if levels == 256 else np.round(image * (255 / (levels - 1))).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(full.squeeze(-1) if full.shape[-1] == 1 else full).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def to_folder(request: Request, out: epath.Path, subdirs: bool) -> int:
+    """Write PNGs named by seed; those that exist are kept. The number written."""
+    pieces, levels = generate(request, skip=lambda seed: png_path(out, seed, subdirs).exists())
+    written = 0
+    for seeds, _, images in tqdm(pieces, "batches", disable=None):
+        if jax.process_index() == 0:
+            for seed, image in zip(seeds, images, strict=True):
+                path = png_path(out, int(seed), subdirs)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files.write_bytes(path, encode(image, levels))
+        written += len(seeds)
+    return written
+
+
+def to_npz(request: Request, out: epath.Path) -> int:
+    """Write one .npz: arr_0 uint8 [N,H,W,C] as the OpenAI evaluator reads it, labels, seeds."""
+    pieces, levels = generate(request)
+    parts = list(tqdm(pieces, "batches", disable=None))
+    seeds, labels, images = (np.concatenate(x) for x in zip(*parts, strict=True))
+    buffer = io.BytesIO()
+    np.savez(buffer, arr_0=images, labels=labels, seeds=seeds)
+    if jax.process_index() == 0:
+        files.write_bytes(out, buffer.getvalue())
+    return len(seeds)
+
+
+def run(request: Request, out: str, subdirs: bool) -> int:
+    """Generate into `out` (.npz, or a folder).
+
+    Raises:
+      UserError: what cannot be loaded, sampled or written.
+    """
+    target = epath.Path(out)
+    try:
+        if target.suffix == ".npz":
+            if target.exists():
+                raise UserError(f"--out: {out} exists; remove it or take another name")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            return to_npz(request, target)
+        target.mkdir(parents=True, exist_ok=True)
+        return to_folder(request, target, subdirs)
+    except OSError as e:
+        raise UserError(f"--out: {out}: {e.strerror or e}; must name a folder or .npz that can be written") from None
