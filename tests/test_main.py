@@ -1,6 +1,8 @@
 """The command line: one line, exit code 2, nothing written."""
 
+import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,7 @@ def digits(tmp_path_factory):
         (["--config.ddo.alpha=0"], "config.ddo.alpha: 0; allowed: finite numbers above 0"),
         (["--config=configs/nowhere.py"], "configs/nowhere.py"),
         (["--config=configs/digits.py:small"], "unknown variant; allowed: runlocal, unet"),
+        (["--config.init=runs/nowhere"], "runs/nowhere: no such file"),
         (["digits"], "unexpected argument 'digits'"),
     ],
 )
@@ -47,6 +50,17 @@ def test_workdir_that_cannot_be_written(tmp_path, digits):
     done = command(f"--workdir={tmp_path / 'file' / 'w'}", TFDS_DATA_DIR=digits)
     assert done.returncode == 2 and done.stderr.startswith("error: workdir "), done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_workdir_of_another_config(tmp_path, digits):
+    """Breaks if a run continues in the workdir of another one, or does not show the difference."""
+    config = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]("")
+    config.ddo.lr = 0.5
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    done = command(f"--workdir={tmp_path}", TFDS_DATA_DIR=digits)
+    assert done.returncode == 2 and done.stderr.startswith("error: workdir "), done.stderr
+    assert done.stderr.count("\n") == 1 and "config.ddo.lr: 0.5 -> 0.0003" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_dry_run_from_anywhere(tmp_path, digits):

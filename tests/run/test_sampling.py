@@ -1,0 +1,152 @@
+"""python -m ddo_jax.sample: images depend on the seed alone; released files, torch's streams, restarts, errors."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import ddo_jax
+from ddo_jax import convert, sample
+from ddo_jax.convert import safetensors
+from ddo_jax.core.torch_rng import edm_streams
+from ddo_jax.errors import UserError
+from ddo_jax.run import load, sampling
+
+GOLDEN = Path(__file__).parents[1] / "goldens" / "edm_ddpmpp_small.npz"
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """The small DDPM++ of the goldens as a safetensors file with the released names."""
+    with np.load(GOLDEN) as golden:
+        recorded = json.loads(str(golden["config"]))
+        config = {k: v for k, v in recorded.items() if k != "class_name"} | {"model_type": "SongUNet"}
+        state = {k.removeprefix("param/"): golden[k] for k in golden.files if k.startswith("param/")}
+    path = tmp_path_factory.mktemp("released") / "small.safetensors"
+    path.write_bytes(safetensors.dumps(state, {"ddo_jax_kind": "edm", "ddo_jax_config": json.dumps(config)}))
+    return path
+
+
+def request(path, **changes):
+    return sampling.Request(str(path), np.arange(16), sampler={"num_steps": 3}, **changes)
+
+
+def images(path, **changes):
+    pieces, levels = sampling.generate(request(path, **changes))
+    assert levels == 256
+    seeds, labels, made = (np.concatenate(x) for x in zip(*pieces, strict=True))
+    return seeds, labels, made
+
+
+def test_batch_size_does_not_change_images(released):
+    """Breaks if an image depends on the batch it was made in, or a padded row is kept."""
+    made = [images(released, batch=batch)[2] for batch in (1, 7, 16)]
+    assert made[0].shape == (16, 16, 16, 3)
+    assert len(np.unique(made[0].reshape(16, -1), axis=0)) == 16
+    for other in made[1:]:
+        differ = made[0] != other
+        assert differ.mean() <= 1e-4 and np.abs(made[0].astype(int) - other)[differ].max(initial=0) <= 1
+
+
+def test_labels(released):
+    """Breaks if balanced labels follow the seed, a fixed class is ignored, or random ones follow the position."""
+    seeds = np.array([7, 3, 8])
+    assert sampling.class_labels("balanced", seeds, 2, "jax").tolist() == [0, 1, 0]
+    assert sampling.class_labels("1", seeds, 2, "jax").tolist() == [1, 1, 1]
+    drawn = sampling.class_labels("random", seeds, 1000, "jax")
+    assert drawn.tolist() == sampling.class_labels("random", seeds[::-1], 1000, "jax")[::-1].tolist()
+    with pytest.raises(UserError, match="'5'; allowed: balanced, random, or a class 0-1"):
+        sampling.class_labels("5", seeds, 2, "jax")
+
+
+def test_torch_streams_are_used(released):
+    """Breaks if --rng=torch-cpu does not start from the released sampler's latents and labels."""
+    found = load.find(str(released))
+    classes = found.config["label_dim"]
+    latents, labels, _ = edm_streams(np.arange(16), (16, 16, 3), classes, 3)
+    _, used, made = images(released, rng="torch-cpu", labels="random", batch=16)
+    assert used.tolist() == labels.tolist()
+    family = load.family_of(found)
+    params, frozen = family.imported(found)
+    settings = family.settings({"num_steps": 3})
+    zero = np.zeros((3, *latents.shape), np.float32)
+    examples = jax.jit(lambda z: family.sample((params, None), frozen, labels, z, zero, settings))(latents)
+    expected = np.asarray(family.decode(frozen, examples))
+    assert (expected != made).mean() <= 1e-3
+
+
+def test_bfloat16_is_close_and_not_equal(released):
+    """Breaks if --dtype=bfloat16 has no effect, or reaches more than the image path."""
+    exact, lowered = (images(released, dtype=dtype, batch=16)[2].astype(int) for dtype in ("float32", "bfloat16"))
+    error = np.abs(exact - lowered)
+    assert 0 < error.mean() < 8
+
+
+def test_folder_is_continued(released, tmp_path, capsys):
+    """Breaks if a restart makes every image again, or leaves a hole."""
+    flags = [f"--checkpoint={released}", f"--out={tmp_path / 'out'}", "--num_steps=2", "--batch=4"]
+    sample.main([*flags, "--seeds=0-5"])
+    kept = tmp_path / "out" / "000002.png"
+    before = kept.stat().st_mtime_ns
+    (tmp_path / "out" / "000003.png").unlink()
+    sample.main([*flags, "--seeds=0-6"])
+    assert "2 images written" in capsys.readouterr().out
+    assert kept.stat().st_mtime_ns == before
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == [f"{seed:06d}.png" for seed in range(7)]
+    with Image.open(kept) as image:
+        assert image.size == (16, 16) and image.mode == "RGB"
+
+
+def test_npz_for_other_evaluators(released, tmp_path):
+    """Breaks if arr_0 is not what the OpenAI evaluator reads."""
+    sample.main(
+        [f"--checkpoint={released}", f"--out={tmp_path / 'x.npz'}", "--num_steps=2", "--batch=4", "--seeds=3-5,9"]
+    )
+    with np.load(tmp_path / "x.npz") as made:
+        assert made["arr_0"].shape == (4, 16, 16, 3) and made["arr_0"].dtype == np.uint8
+        assert made["seeds"].tolist() == [3, 4, 5, 9]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--seeds=5-"], "--seeds: '5-'; allowed"),
+        (["--checkpoint=edm-cifar10-uncond-vp-dd"], "edm-cifar10-uncond-vp-ddo"),
+        (["--num_steps=1"], "num_steps is 1"),
+        (["--batch=0"], "--batch: 0; allowed: at least 1"),
+        (["--rng=cuda"], "invalid choice: 'cuda'"),
+    ],
+)
+def test_mistakes_are_one_line(released, tmp_path, capsys, flags, words):
+    """Breaks if a mistake ends in a traceback or another exit code."""
+    with pytest.raises(SystemExit) as e:
+        sample.main([f"--checkpoint={released}", f"--out={tmp_path / 'o'}", *flags])
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
+
+
+def test_load_a_released_file(released):
+    """Breaks if ddo_jax.load and to_torch are not inverse."""
+    family, params, frozen = ddo_jax.load(str(released))
+    arrays, metadata = family.export(jax.tree.map(np.asarray, params), frozen)
+    found = convert.read(released)
+    assert list(arrays) == list(found.state_dict) and metadata["ddo_jax_kind"] == "edm"
+    for name, value in found.state_dict.items():
+        np.testing.assert_array_equal(arrays[name], value)
+
+
+def test_wrong_architecture_is_refused(released):
+    """Breaks if a config starts from weights of another network."""
+    from ddo_jax.families import get_family
+    from ddo_jax.run import config as configs
+
+    found, config = load.find(str(released)), configs.base()
+    load.from_released(config, found)
+    with config.unlocked():
+        config.model.model_channels = 2 * config.model.model_channels
+    with pytest.raises(UserError, match="the weights do not fit config.model: .*shape"):
+        get_family(config).imported(found)
