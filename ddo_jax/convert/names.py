@@ -39,6 +39,10 @@ SOURCES = {
     "edm2-img512-l-ddo": f"{_DDO}edm2-img512-l-ddo.pkl",
     "var-d16-ddo": f"{_DDO}var_d16-ddo.pth",
     "var-d30-ddo": f"{_DDO}var_d30-ddo.pth",
+    # Feature networks of the metrics (specs/metrics.md sections 4.1, 6); addresses from memory, not verified here.
+    "inception-2015-12-05": "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth",
+    "dinov2-vitl14": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
 }
 
 

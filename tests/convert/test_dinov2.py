@@ -99,5 +99,5 @@ def test_every_mistake_is_named():
         layout("dinov2", CONFIG | {"widht": 3})
     with pytest.raises(ValueError, match="^config of DINOv2: .*'depth'"):
         layout("dinov2", {"embed_dim": 48, "num_heads": 3})
-    with pytest.raises(ValueError, match="^config of DINOv2: 48 channels .* 5 heads"):
+    with pytest.raises(ValueError, match="^48 channels cannot be split into 5 equal heads"):
         layout("dinov2", CONFIG | {"num_heads": 5})
