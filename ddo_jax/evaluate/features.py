@@ -1,14 +1,25 @@
-"""Feature networks by name: what turns uint8 images into the vectors whose distribution is compared."""
+"""Feature networks by name: what turns uint8 images into the vectors whose distribution is compared.
+
+inception   FID-Inception of December 2015, 2048 features: FID, sFID, IS, precision and recall, KID
+dinov2      DINOv2 ViT-L/14, 1024 features: FD-DINOv2
+digits      a classifier fitted on the training split of the digits
+"""
 
 import dataclasses
+import hashlib
 import io
 from collections.abc import Callable
 
+import jax
 import numpy as np
 from etils import epath
 
-from ddo_jax import files
+from ddo_jax import convert, files, sharding
+from ddo_jax.convert import names
+from ddo_jax.convert.inert import UnsafeOrDamaged
 from ddo_jax.errors import UserError
+
+Vectors = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,24 +29,107 @@ class FeatureNet:
     Attributes:
       name, digest: of the network and its weights, in every record.
       metric: name of the Fréchet distance in its features. scale: factor it is reported with.
-      apply: uint8 [N, H, W, C] -> (features [N, D], logits [N, K] or None), float32 NumPy.
+      apply: uint8 [N, H, W, C] -> float32 NumPy: "features" [N, D]; where the network has them "class_logits"
+        [N, K] (of the data's own classes), "logits" [N, 1008] (of the Inception Score), "spatial" [N, 2023].
     """
 
     name: str
     digest: str
     metric: str
     scale: float
-    apply: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
+    apply: Callable[[np.ndarray], Vectors]
 
     def named(self, num: int) -> str:
-        """The metric's name for `num` images: fewer than 50,000 are never called "fid"."""
+        """The metric's name for `num` images: fewer than 50,000 are never called "fid".
+
+        >>> FeatureNet("", "", "fid", 1.0, dict).named(5000), FeatureNet("", "", "fid", 1.0, dict).named(50_000)
+        ('fid5k', 'fid')
+        """
         return self.metric if self.metric != "fid" or num >= 50_000 else f"fid{num / 1000:g}k"
 
 
-def _digits(train, cache: epath.Path) -> FeatureNet:
+def batched(program: Callable, batch: int) -> Callable[[np.ndarray], Vectors]:
+    """Run a jitted program over images in padded batches of one size, over all devices."""
+    mesh = sharding.make_mesh()
+    batch = -(-batch // mesh.size) * mesh.size
+    share = batch // jax.process_count()
+    own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+    def apply(images: np.ndarray) -> Vectors:
+        parts = []
+        for i in range(0, len(images), batch):
+            rows = images[i : i + batch]
+            padded = np.concatenate([rows, np.zeros((batch - len(rows), *rows.shape[1:]), rows.dtype)])
+            out = program(sharding.put_batch(mesh, padded[own]))
+            parts.append({k: sharding.to_host(v)[: len(rows)] for k, v in out.items()})
+        return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+    return apply
+
+
+def _rgb(images: np.ndarray) -> np.ndarray:
+    """One grey channel is repeated to three (specs/edm.md section 14.3)."""
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+
+
+def _weights(name: str, weights: str | None):
+    """(state dict, twelve hex digits of the file's SHA-256) of a feature network's file."""
+    path = names.resolve(weights or DEFAULT_WEIGHTS[name])
+    try:
+        state = convert.read(path).state_dict
+    except UnsafeOrDamaged as e:
+        raise UserError(str(e)) from None
+    with open(path, "rb") as f:
+        return state, hashlib.file_digest(f, "sha256").hexdigest()[:12]
+
+
+def _converted(kind: str, config: dict, state: dict):
+    try:
+        return convert.from_torch(kind, config, state)
+    except ValueError as e:
+        raise UserError(f"weights of {kind}: {e}") from None
+
+
+def _inception(weights: str | None, train, cache) -> FeatureNet:
+    from ddo_jax.models import inception
+
+    state, digest = _weights("inception", weights)
+    _, variables = _converted("inception", {}, state)
+    variables = jax.device_put(variables)
+
+    def program(images):
+        out = inception.features(variables, images)
+        return {"features": out["pool3"], "logits": out["logits_unbiased"], "spatial": out["spatial"]}
+
+    apply = batched(jax.jit(program), batch=64)
+    return FeatureNet("FID-Inception, pool3", digest, "fid", 1.0, lambda images: apply(_rgb(images)))
+
+
+def _dinov2_config(state: dict) -> dict:
+    """Arguments of DINOv2 from the shapes; heads are 64 wide in all released sizes."""
+    try:
+        width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
+        side = round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch
+    except KeyError as e:
+        raise UserError(f"weights of dinov2: {e.args[0]} is missing; expected dinov2_vit*14_pretrain.pth") from None
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    return {"embed_dim": width, "depth": depth, "num_heads": width // 64, "patch_size": patch, "img_size": side}
+
+
+def _dinov2(weights: str | None, train, cache) -> FeatureNet:
+    from ddo_jax.models import dinov2
+
+    state, digest = _weights("dinov2", weights)
+    module, variables = _converted("dinov2", _dinov2_config(state), state)
+    variables = jax.device_put(variables)
+    apply = batched(jax.jit(lambda images: {"features": dinov2.features(module, variables, images)}), batch=32)
+    return FeatureNet("DINOv2 ViT, class token", digest, "fd_dinov2", 1.0, lambda images: apply(_rgb(images)))
+
+
+def _digits(weights: str | None, train, cache: epath.Path) -> FeatureNet:
     from ddo_jax.evaluate import digits
 
-    path = cache / "features-digits.npz"
+    path = epath.Path(cache) / "features-digits.npz"
     if not path.exists():
         real = train.read(np.arange(len(train)))
         fitted = digits.train(real["image"], real["label"], train.num_classes)
@@ -45,32 +139,39 @@ def _digits(train, cache: epath.Path) -> FeatureNet:
         files.write_bytes(path, buffer.getvalue())
     with path.open("rb") as f, np.load(f) as arrays:
         layers = tuple((arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(len(arrays) // 2))
-    classifier = digits.Classifier(layers)
 
     def apply(images):
         features, logits = digits.features_and_logits(layers, images)
-        return np.asarray(features), np.asarray(logits)
+        return {"features": np.asarray(features), "class_logits": np.asarray(logits)}
 
-    return FeatureNet("digits classifier, 32 features", classifier.digest, "fd_x100", 100.0, apply)
-
-
-NETWORKS = {"digits": _digits}
+    return FeatureNet("digits classifier, 32 features", digits.Classifier(layers).digest, "fd_x100", 100.0, apply)
 
 
-def check_name(name: str) -> None:
-    """Raises UserError for an unknown network."""
+NETWORKS = {"digits": _digits, "inception": _inception, "dinov2": _dinov2}
+DEFAULT_WEIGHTS = {"inception": "inception-2015-12-05", "dinov2": "dinov2-vitl14"}
+
+
+def check(name: str, weights: str | None) -> None:
+    """Refuse an unknown network, or one whose weights are not at hand, before anything else happens.
+
+    Raises:
+      UserError: names the file to fetch and where to put it.
+    """
     if name not in NETWORKS:
         raise UserError(f"config.eval.network: {name!r}; allowed: {', '.join(sorted(NETWORKS))}")
+    if name in DEFAULT_WEIGHTS:
+        names.resolve(weights or DEFAULT_WEIGHTS[name])
 
 
-def get_features(name: str, train, cache: epath.PathLike) -> FeatureNet:
+def get_features(name: str, train=None, cache: epath.PathLike | None = None, weights: str | None = None) -> FeatureNet:
     """The feature network `name`.
 
     Args:
-      name: config.eval.network. train: source of the training split. cache: folder for fitted weights.
+      name: of NETWORKS. train, cache: source of the training split and folder for fitted weights ("digits").
+      weights: WHAT of the network's file; None: its known name.
 
     Raises:
-      UserError: unknown name.
+      UserError: unknown name, or weights that are absent or do not fit.
     """
-    check_name(name)
-    return NETWORKS[name](train, epath.Path(cache))
+    check(name, weights)
+    return NETWORKS[name](weights, train, cache)

@@ -75,7 +75,7 @@ def reference(features: FeatureNet, images, batch: int = 4096) -> dict:
     for i in range(0, len(images), batch):
         rows = slice(i, min(i + batch, len(images)))
         real = images.read(np.arange(rows.start, rows.stop))["image"] if hasattr(images, "read") else images[rows]
-        part = frechet.moments_of(features.apply(real)[0])
+        part = frechet.moments_of(features.apply(real)["features"])
         moments = part if moments is None else frechet.merge(moments, part)
     mu, sigma = frechet.finalize(moments)
     return {"mu": mu, "sigma": sigma, "root": frechet.sqrt_psd(sigma)}
@@ -97,18 +97,18 @@ def score(
     moments, right, n, kept = None, 0, 0, []
     for record in batches:
         kept.append(record["image"][: max(keep - n, 0)])
-        vectors, logits = features.apply(record["image"])
-        part = frechet.moments_of(vectors)
+        vectors = features.apply(record["image"])
+        part = frechet.moments_of(vectors["features"])
         moments = part if moments is None else frechet.merge(moments, part)
-        n += len(vectors)
-        if logits is not None:
-            right += int(np.sum(np.argmax(logits, 1) == record["label"]))
+        n += len(record["image"])
+        if "class_logits" in vectors:
+            right += int(np.sum(np.argmax(vectors["class_logits"], 1) == record["label"]))
     mu, sigma = frechet.finalize(moments)
     result = {}
     for name, ref in references.items():
         distance = frechet.frechet_distance(ref["mu"], ref["sigma"], mu, sigma, root1=ref["root"])
         result[features.named(n) + (f"_{name}" if result else "")] = features.scale * distance
-    if logits is not None:
+    if "class_logits" in vectors:
         result["accuracy"] = right / n
     return result, np.concatenate(kept)
 

@@ -93,7 +93,8 @@ def base() -> ConfigDict:
                 s_noise=1.0,
             ),
             eval=dict(
-                network="digits",
+                network="digits",  # digits | inception | dinov2
+                weights=config_dict.placeholder(str),  # of the feature network; unset: its known name
                 num=50_000,  # images per reported evaluation
                 select_num=config_dict.placeholder(int),  # images per evaluation inside the rounds; unset: num
                 batch=512,  # sampled at a time, over all devices; images do not depend on it

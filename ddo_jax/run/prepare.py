@@ -68,7 +68,7 @@ def weights_digest(params) -> str:
 def make_evaluator(config, workdir, family, frozen, sampler, settings, train):
     """evaluate(params, phase, step, purpose, index) -> (record of one scored set with its whole protocol,
     its first `config.eval.grid` images)."""
-    network = features.get_features(config.eval.network, train, workdir)
+    network = features.get_features(config.eval.network, train, workdir, config.eval.weights)
     reals = {"train": train}
     if config.data.holdout:
         reals[config.data.holdout] = sources.open_source(config.data.name, config.data.holdout, config.data.dir)
@@ -133,7 +133,7 @@ def check(config) -> Checked:
     configs.validate(config, len(jax.devices()))
     family = get_family(config)
     settings = family.settings(config.sampler)
-    features.check_name(config.eval.network)
+    features.check(config.eval.network, config.eval.weights)
     mesh = sharding.make_mesh(config.mesh.fsdp)
     init = None if config.init == "scratch" else load.find(config.init)
     data = sources.open_source(config.data.name, config.data.split, config.data.dir)

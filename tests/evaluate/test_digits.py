@@ -25,9 +25,9 @@ def network(train, tmp_path_factory):
 def test_classifies_held_out_images(network):
     """Breaks if the classifier is trained badly, or on images scaled otherwise than at evaluation."""
     test = sources.open_source("digits", "test")
-    vectors, logits = network[0].apply(test.images)
-    assert vectors.shape == (360, digits.FEATURES)
-    assert np.mean(np.argmax(logits, 1) == test.labels) > 0.96
+    vectors = network[0].apply(test.images)
+    assert vectors["features"].shape == (360, digits.FEATURES)
+    assert np.mean(np.argmax(vectors["class_logits"], 1) == test.labels) > 0.96
 
 
 def test_training_is_deterministic(network, train):
@@ -42,8 +42,8 @@ def test_kept_weights_are_the_same_network(network, train, monkeypatch):
     monkeypatch.setattr(digits, "train", lambda *_: pytest.fail("trained again"))
     again = features.get_features("digits", train, network[1])
     assert again.digest == network[0].digest
-    for a, b in zip(again.apply(train.images[:5]), network[0].apply(train.images[:5]), strict=True):
-        np.testing.assert_array_equal(a, b)
+    for key, value in network[0].apply(train.images[:5]).items():
+        np.testing.assert_array_equal(again.apply(train.images[:5])[key], value)
 
 
 def test_digest_sees_one_bit():
@@ -56,5 +56,5 @@ def test_digest_sees_one_bit():
 
 def test_unknown_network_is_a_user_error(tmp_path):
     """Breaks if a misspelt network ends in a traceback."""
-    with pytest.raises(UserError, match="'digit'; allowed: digits"):
+    with pytest.raises(UserError, match="'digit'; allowed: digits, dinov2, inception"):
         features.get_features("digit", None, tmp_path)

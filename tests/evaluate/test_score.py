@@ -21,7 +21,7 @@ MAP = RNG.standard_normal((16, 5)).astype(np.float32)
 def network(classes=True):
     def apply(images):
         x = images.reshape(len(images), -1).astype(np.float32) @ MAP
-        return np.tanh(x / 30), (x[:, :3] if classes else None)
+        return {"features": np.tanh(x / 30)} | ({"class_logits": x[:, :3]} if classes else {})
 
     return FeatureNet("test", "0", "fd", 100.0, apply)
 
@@ -53,7 +53,7 @@ def test_split_into_batches_does_not_matter():
 def test_accuracy_is_always_there_for_a_classifier():
     """Breaks if 0 right is reported as "no classifier", so that one record lacks the column of another."""
     ref = {"train": score.reference(network(), IMAGES)}
-    wrong = (np.argmin(network().apply(IMAGES)[1], 1)).astype(np.int32)
+    wrong = (np.argmin(network().apply(IMAGES)["class_logits"], 1)).astype(np.int32)
     values, _ = score.score(network(), ref, iter([{"image": IMAGES, "label": wrong}]))
     assert values["accuracy"] == 0
     values, _ = score.score(network(classes=False), ref, records(90))

@@ -41,7 +41,7 @@ weights = [(rng.normal(size=s).astype(np.float32), np.zeros(s[1], np.float32)) f
 
 def apply(x):
     f, logits = digits.features_and_logits(tuple(weights), x)
-    return np.asarray(f), np.asarray(logits)
+    return {"features": np.asarray(f), "class_logits": np.asarray(logits)}
 
 network = FeatureNet("random", "0", "fd", 1.0, apply)
 
