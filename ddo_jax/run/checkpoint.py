@@ -63,6 +63,7 @@ class Checkpoints:
         if not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(self.directory, options=_options(read_only))
+        self._damaged: set[int] = set()
 
     def __enter__(self):
         return self
@@ -72,6 +73,9 @@ class Checkpoints:
 
     def save(self, step: int, state, meta: dict, score: float | None = None) -> None:
         """Save asynchronously; `score` (lower is better) makes it a candidate for "best"."""
+        if step in self._damaged:
+            self._manager.delete(step)
+            self._damaged.remove(step)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             meta=ocp.args.JsonSave({**meta, "digests": digests(state)}),

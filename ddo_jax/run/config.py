@@ -105,15 +105,16 @@ def base() -> ConfigDict:
             mesh=dict(fsdp=1),  # devices that share one copy of the parameters; the rest is "data"
             log=dict(every=50, tensorboard=True),  # steps
             keep="best",  # of finished rounds: best = the best checkpoint only | all
-            lease_s=600.0,  # a candidate whose job shows no life for so long is taken over
+            lease_s=600.0,  # a task whose job shows no life for so long is taken over
         )
     )
     return config.lock()
 
 
-# Keys that may differ when a workdir is continued: they change no number of the work already done.
+# Keys that may differ when a workdir is continued: they change no number of the work already done. (Accumulation
+# in MLE phases is not among them: dropout masks are drawn per micro-batch.)
 HARMLESS = ("log", "mesh", "keep", "lease_s", "name", "remark", "data.dir", "eval.grid")  # the key or all below
-HARMLESS += tuple(f"{phase}.{k}" for phase in ("pretrain", "ddo", "control") for k in ("save_every", "accumulation"))
+HARMLESS += (*(f"{phase}.save_every" for phase in ("pretrain", "ddo", "control")), "ddo.accumulation")
 
 
 def leaves(config, prefix: str = "") -> Iterator[tuple[str, object]]:

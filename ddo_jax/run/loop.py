@@ -29,7 +29,7 @@ class Phase:
       section: "pretrain", "ddo" or "control". config: that part of the config.
       objective: "mle" or "ddo". hyper: its traced numbers.
       total: steps. warmup: images. eval_every, save_every: steps or None.
-      start: parameters it begins from. ref, fakes: the reference's parameters and samples ("ddo").
+      start: parameters it begins from. ref: the reference's parameters, fakes: () -> its samples ("ddo").
       seed: of data order and noise. select: which range of selection seeds its evaluations use.
     """
 
@@ -57,6 +57,7 @@ class Tools:
     Attributes:
       family, frozen, mesh: of the run. data: source of real images; flip: mirror half of them.
       step_for: (phase) -> its jitted step, compiled once per kind.
+      ratio: jitted (params, ref, record, key) -> r [B], with the noise levels of the rounds.
       evaluate: (params, phase name, step, purpose, index) -> the record of one scored set of samples, with
         its protocol, and its first images. metric: the record's key that selects (lower is better).
       levels: grey levels of the images. log: config.log.
@@ -68,6 +69,7 @@ class Tools:
     data: Any
     flip: bool
     step_for: Callable[[Phase], Callable]
+    ratio: Callable[..., jax.Array]
     evaluate: Callable[..., tuple[dict, np.ndarray]]
     levels: int
     metric: str
@@ -105,7 +107,7 @@ def status(scalars: dict[str, float]) -> str:
     return f"loss {scalars['loss/mle']:.2f}" if "loss/mle" in scalars else ""
 
 
-def train(phase: Phase, tools: Tools, renew: Callable[[], None] = lambda: None) -> dict:
+def train(phase: Phase, tools: Tools) -> dict:
     """Run a phase to its end, from its newest good checkpoint if it has one.
 
     Returns:
@@ -120,7 +122,7 @@ def train(phase: Phase, tools: Tools, renew: Callable[[], None] = lambda: None) 
     with Checkpoints(phase.directory / "checkpoints") as checkpoints:
         shapes = sharding.abstract(mesh, jax.eval_shape(fresh))
         restored, meta = checkpoints.restore_latest(shapes) or (None, {"evals": [], "step": 0})
-        loop = _Loop(phase, tools, checkpoints, meta["evals"], meta["step"], renew)
+        loop = _Loop(phase, tools, checkpoints, meta["evals"], meta["step"])
         with contextlib.closing(loop.log):
             return loop.run(fresh() if restored is None else restored)
 
@@ -128,14 +130,8 @@ def train(phase: Phase, tools: Tools, renew: Callable[[], None] = lambda: None) 
 class _Loop:
     """The loop's moving parts: position, history, log, console."""
 
-    def __init__(self, phase, tools, checkpoints, evals: list[dict], first: int, renew):
-        self.phase, self.tools, self.checkpoints, self.evals, self.renew = (
-            phase,
-            tools,
-            checkpoints,
-            evals,
-            renew,
-        )
+    def __init__(self, phase, tools, checkpoints, evals: list[dict], first: int):
+        self.phase, self.tools, self.checkpoints, self.evals = phase, tools, checkpoints, evals
         self.first = self.logged = first
         main = jax.process_index() == 0
         self.log = record.PhaseLog(phase.directory, first, tools.log.tensorboard, main)
@@ -150,7 +146,7 @@ class _Loop:
         hosts = dict(start=self.first, host=jax.process_index(), hosts=jax.process_count())
         batch, seed = phase.config.batch, phase.seed
         reals = batches(tools.data, batch, seed, flip=tools.flip, **hosts)
-        fakes = batches(phase.fakes, batch, seed + 1, **hosts) if phase.fakes is not None else None
+        fakes = None if phase.fakes is None else batches(phase.fakes(), batch, seed + 1, **hosts)
         while True:
             real = sharding.put_batch(tools.mesh, next(reals))
             yield real, None if fakes is None else sharding.put_batch(tools.mesh, next(fakes))
@@ -204,7 +200,6 @@ class _Loop:
         self.text = status(scalars) + "".join(self.text.partition("  |")[1:])
         self.tools.console.status(self.progress.text(done, self.text))
         self.logged, self.began = done, time.monotonic()
-        self.renew()
 
     def save(self, done: int, training_state, evaluate: bool) -> None:
         phase, tools, score = self.phase, self.tools, None
@@ -220,7 +215,6 @@ class _Loop:
             self.text = f"{self.text.partition('  |')[0]}  | {tools.metric} {score:.3f}"
         self.checkpoints.save(done, training_state, {"step": done, "evals": self.evals}, score)
         self.began = time.monotonic()
-        self.renew()
 
 
 def best_of(evals: list[dict], metric: str) -> dict | None:

@@ -166,6 +166,7 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.
         data=data,
         flip=config.data.flip,
         step_for=step_factory(config, family, mesh),
+        ratio=step.make_ratio(family, config.ddo, frozen),
         evaluate=evaluate,
         levels=config.model.levels,
         metric=metric,

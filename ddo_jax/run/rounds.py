@@ -6,6 +6,7 @@ round n:  ref = best EMA parameters of round n-1
           best of the round = lowest score over candidates and steps; not better than ref: keep ref
 """
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -83,9 +84,9 @@ def pretrain(setup: Setup):
     """MLE from scratch; the EMA parameters at its end."""
     tools, seed = setup.tools, setup.config.seed
 
-    def run(renew):
+    def run():
         params, _ = jax.jit(tools.family.init)(state.derive(seed, "init"))
-        return loop.train(phase(setup, "pretrain", "pretrain", params, seed=seed), tools, renew)
+        return loop.train(phase(setup, "pretrain", "pretrain", params, seed=seed), tools)
 
     directory = setup.workdir / "pretrain"
     (result,) = divide(setup, [search.Task(directory, run)])
@@ -95,7 +96,7 @@ def pretrain(setup: Setup):
 # -- one round --------------------------------------------------------------------------------------------
 
 
-def make_pool(setup: Setup, directory: epath.Path, ref, index: int, renew) -> dict:
+def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
     """Sample the fakes of a round chunk by chunk; whole chunks of an interrupted pool are kept."""
     family, tools, c = setup.tools.family, setup.tools, setup.config
     seeds = score.seed_range("pool", index, c.ddo.pool)
@@ -110,7 +111,6 @@ def make_pool(setup: Setup, directory: epath.Path, ref, index: int, renew) -> di
         if jax.process_index() == 0:
             pools.write_chunk(directory, i, chunk["image"], chunk["label"])
         tools.console.status(progress.text(done), done=done == chunks)
-        renew()
     return {
         "chunks": chunks,
         "num_classes": family.num_classes,
@@ -133,13 +133,13 @@ def play_round(setup: Setup, index: int, ref):
     """One round from the reference `ref`; (its best parameters, its summary)."""
     name = f"rounds/{index + 1:03d}"
     directory = setup.workdir / name
-    best = files.read_json(directory / "best.json")
-    if best is None:
+    if not sharding.agree((directory / "best.json").exists()):
         best = _compete(setup, name, index, ref)
         if jax.process_index() == 0:
             files.write_json(directory / "best.json", best)
-    if jax.process_index() == 0:
-        tidy(setup, directory, best)
+    best = files.read_json(directory / "best.json")
+    if setup.config.keep == "best":
+        divide(setup, [search.Task(directory / "tidy", lambda: tidy(directory, best))])
     if best["improved"]:
         ref = restore_ema(directory / best["candidate"] / "checkpoints", best["step"], abstract_params(setup))
     return ref, best
@@ -148,10 +148,14 @@ def play_round(setup: Setup, index: int, ref):
 def _compete(setup: Setup, name: str, index: int, ref) -> dict:
     """Pool, the reference's own score, all candidates; the round's summary."""
     c, directory, tools = setup.config, setup.workdir / name, setup.tools
-    start_task = search.Task(directory / "start", lambda _: tools.evaluate(ref, name, 0, "select", index)[0])
-    pool_task = search.Task(directory / "pool", lambda renew: make_pool(setup, directory / "pool", ref, index, renew))
+    start_task = search.Task(directory / "start", lambda: tools.evaluate(ref, name, 0, "select", index)[0])
+    pool_task = search.Task(directory / "pool", lambda: make_pool(setup, directory / "pool", ref, index))
     start, _ = divide(setup, [start_task, pool_task])
-    fakes = pools.open_pool(directory / "pool")
+
+    @functools.cache  # opened by a job that has a candidate to train, not by one that finds all of them done
+    def fakes():
+        return pools.open_pool(directory / "pool")
+
     candidates = [
         phase(
             setup,
@@ -168,7 +172,7 @@ def _compete(setup: Setup, name: str, index: int, ref) -> dict:
         for alpha, beta in itertools.product(c.ddo.alpha, c.ddo.beta)
     ]
     best = best_candidate(setup, candidates)
-    divide(setup, [search.Task(directory / "ratios", lambda _: ratios(setup, directory, best, ref, fakes))])
+    divide(setup, [search.Task(directory / "ratios", lambda: ratios(setup, directory, best, ref, fakes()))])
     before, after = start[tools.metric], best[tools.metric]
     improved = after < before
     text = f"{tools.metric} {before:.3f} -> {after:.3f} ({best['candidate']}, step {best['step']})"
@@ -178,45 +182,35 @@ def _compete(setup: Setup, name: str, index: int, ref) -> dict:
 
 def ratios(setup: Setup, directory: epath.Path, best: dict, ref, fakes, num: int = 1024) -> dict:
     """Log-ratios of real and fake images under the round's best parameters, for the report's histogram."""
-    family, tools, c = setup.tools.family, setup.tools, setup.config
+    tools, c = setup.tools, setup.config
     params = restore_ema(directory / best["candidate"] / "checkpoints", best["step"], abstract_params(setup))
-    batch = c.ddo.batch
-
-    @jax.jit
-    def ratio(params, ref, record, key):
-        key_encode, key_draw = jax.random.split(key)
-        examples = family.encode(tools.frozen, record, key_encode)
-        draws = family.draw(key_draw, batch, (c.ddo.p_mean, c.ddo.p_std))
-        s, s_ref = (family.score(family.project(p), tools.frozen, examples, draws) for p in (params, ref))
-        return family.ratio(s, s_ref, examples, draws)
-
     found = {}
     for name, source in (("real", tools.data), ("fake", fakes)):
-        reader = batches(source, batch, c.seed, host=jax.process_index(), hosts=jax.process_count())
-        keys = jax.random.split(state.derive(c.seed, "ratios"), -(-num // batch))
-        parts = [ratio(params, ref, sharding.put_batch(tools.mesh, next(reader)), key) for key in keys]
+        reader = batches(source, c.ddo.batch, c.seed, host=jax.process_index(), hosts=jax.process_count())
+        keys = jax.random.split(state.derive(c.seed, "ratios"), -(-num // c.ddo.batch))
+        parts = [tools.ratio(params, ref, sharding.put_batch(tools.mesh, next(reader)), key) for key in keys]
         found[name] = np.concatenate([sharding.to_host(r) for r in parts])[:num].tolist()
     return {"candidate": best["candidate"], "step": best["step"], **found}
 
 
 def best_candidate(setup: Setup, candidates: list[loop.Phase]) -> dict:
     """Train all candidates; the best evaluation of all, with the candidate's name."""
-    tasks = [search.Task(p.directory, lambda renew, p=p: loop.train(p, setup.tools, renew)) for p in candidates]
-    results = divide(setup, tasks)
+    results = divide(setup, [search.Task(p.directory, lambda p=p: loop.train(p, setup.tools)) for p in candidates])
     evals = [{"candidate": p.directory.name, **e} for p, r in zip(candidates, results, strict=True) for e in r["evals"]]
     return loop.best_of(evals, setup.tools.metric)
 
 
-def tidy(setup: Setup, directory: epath.Path, best: dict) -> None:
-    """Delete what `config.keep` does not keep of a finished round; the pool last: it marks what is left to do."""
-    if setup.config.keep == "all" or not (directory / "pool").exists():
-        return
-    kept = directory / best["candidate"] / "checkpoints" / str(best["step"]) if best["improved"] else None
-    for candidate in (d for d in directory.iterdir() if (d / "checkpoints").exists()):
-        for checkpoint in (candidate / "checkpoints").iterdir():
-            if checkpoint != kept:
-                checkpoint.rmtree()
-    (directory / "pool").rmtree()
+def tidy(directory: epath.Path, best: dict) -> dict:
+    """Delete the pool and all checkpoints of a finished round but its best."""
+    removed = []
+    if jax.process_index() == 0:
+        kept = directory / best["candidate"] / "checkpoints" / str(best["step"]) if best["improved"] else None
+        for candidate in (d for d in directory.iterdir() if (d / "checkpoints").exists()):
+            removed += [d for d in (candidate / "checkpoints").iterdir() if d != kept]
+        removed += (directory / "pool").glob("chunk-*.npz")
+        for path in removed:
+            path.rmtree() if path.is_dir() else path.unlink()
+    return {"removed": len(removed)}
 
 
 # -- the control ------------------------------------------------------------------------------------------

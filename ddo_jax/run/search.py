@@ -1,13 +1,15 @@
 """Several jobs on one workdir divide the tasks of a run through files, nothing else.
 
 A task is a directory; it is finished when its `result.json` exists, and taken while its `claim.json` is
-alive: made by create-if-absent, renewed while the task trains, taken over when its process is gone or when
-it has shown no life for `lease_s` seconds.
+alive: made by create-if-absent, renewed by a heartbeat while the process lives, taken over when the process is
+gone from this host, or has shown no life for `lease_s` seconds.
 """
 
+import contextlib
 import json
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -22,10 +24,10 @@ JOB = uuid.uuid4().hex  # of this process: process ids are used again, also acro
 
 
 class Task(NamedTuple):
-    """A unit of work that one job does; `run(renew)` writes nothing outside `directory`."""
+    """A unit of work that one job does; what `run` returns becomes result.json, written last."""
 
     directory: epath.Path
-    run: Callable[[Callable[[], None]], dict]
+    run: Callable[[], dict]
 
 
 def _content() -> bytes:
@@ -44,12 +46,11 @@ def _alive(pid: int) -> bool:
 
 
 def is_stale(claim: dict, lease_s: float) -> bool:
-    """A claim of a process that is gone from this host, or of one elsewhere that no longer renews it."""
+    """A claim of a process that is gone from this host, or of one anywhere that no longer renews it."""
     if claim["job"] == JOB:
         return False
-    if claim["host"] == socket.gethostname():
-        return claim["pid"] == os.getpid() or not _alive(claim["pid"])
-    return time.time() - claim["time"] > lease_s
+    gone = claim["pid"] == os.getpid() or not _alive(claim["pid"])
+    return (claim["host"] == socket.gethostname() and gone) or time.time() - claim["time"] > lease_s
 
 
 def take(directory: epath.Path, lease_s: float) -> bool:
@@ -106,7 +107,7 @@ def divide(tasks: list[Task], lease_s: float, poll_s: float = 5.0, waiting=lambd
             if not sharding.agree(lead and take(task.directory, lease_s)):
                 continue
             if not sharding.agree((task.directory / "result.json").exists()):
-                _perform(task, lead)
+                _perform(task, lead, lease_s)
             if lead:
                 (task.directory / "claim.json").unlink(missing_ok=True)
             worked = True
@@ -115,11 +116,26 @@ def divide(tasks: list[Task], lease_s: float, poll_s: float = 5.0, waiting=lambd
             time.sleep(poll_s)
 
 
-def _perform(task: Task, lead: bool) -> None:
-    def renew():
-        if lead:
-            files.write_bytes(task.directory / "claim.json", _content())
+@contextlib.contextmanager
+def heartbeat(directory: epath.Path, lease_s: float):
+    """Renew the claim from a thread: an evaluation or a compilation may take longer than the lease."""
+    over = threading.Event()
 
-    result = task.run(renew)
+    def beat():
+        while not over.wait(lease_s / 4):
+            files.write_bytes(directory / "claim.json", _content())
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _perform(task: Task, lead: bool, lease_s: float) -> None:
+    with heartbeat(task.directory, lease_s) if lead else contextlib.nullcontext():
+        result = task.run()
     if lead:
         files.write_json(task.directory / "result.json", result)

@@ -10,7 +10,7 @@ from ddo_jax.data import sources
 from ddo_jax.evaluate import score
 from ddo_jax.run import record, report, rounds, search
 from ddo_jax.run.checkpoint import Checkpoints
-from ddo_jax.run.prepare import prepare
+from ddo_jax.run.prepare import prepare, weights_digest
 from ddo_jax.run.rounds import Setup
 
 
@@ -47,11 +47,10 @@ def final_scores(setup: Setup, name: str, params) -> dict:
     """The system's numbers on the report's seed ranges, which chose nothing."""
     c, tools = setup.config, setup.tools
 
-    def run(renew):
+    def run():
         evals = []
         for i in range(c.eval.report_seeds):
             evals.append({"images": 0, **tools.evaluate(params, name, 0, "report", i)[0]})
-            renew()
         images = samples(setup, params, min(c.eval.num, 1024))
         nearest = score.nearest_distance(images, score.some_images(tools.data), c.model.levels)
         text = report.mean_and_spread([e[e["metric"]] for e in evals])
@@ -105,15 +104,18 @@ def publish_views(setup: Setup) -> None:
 def publish_best(setup: Setup, params) -> None:
     """best/: the run's result as a checkpoint that `init` and `load` take, and as safetensors for others."""
     directory = setup.workdir / "best"
-    if sharding.agree((directory / "config.json").exists()):  # written last
-        return
-    with Checkpoints(directory / "checkpoints") as checkpoints:
-        if checkpoints.latest_step() is None:
-            checkpoints.save(0, {"ema": params}, {"step": 0})
-    host = jax.tree.map(sharding.to_host, (params, setup.tools.frozen))
-    if jax.process_index() == 0:
-        files.write_bytes(directory / "params.safetensors", safetensors.dumps(*setup.tools.family.export(*host)))
-        files.write_json(directory / "config.json", setup.config.to_dict())
+
+    def run():
+        with Checkpoints(directory / "checkpoints") as checkpoints:
+            if checkpoints.latest_step() is None:
+                checkpoints.save(0, {"ema": params}, {"step": 0})
+        host = jax.tree.map(sharding.to_host, (params, setup.tools.frozen))
+        if jax.process_index() == 0:
+            files.write_bytes(directory / "params.safetensors", safetensors.dumps(*setup.tools.family.export(*host)))
+            files.write_json(directory / "config.json", setup.config.to_dict())
+        return {"weights": weights_digest(params)}
+
+    rounds.divide(setup, [search.Task(directory, run)])
 
 
 def training_curves(setup: Setup, played: list[dict]) -> list[dict]:

@@ -141,3 +141,17 @@ def make_step(family, c, tx, mesh, shapes, *, objective: str, warmup: float, tot
 
     out = (sharding.tree_sharding(mesh, shapes), sharding.replicated(mesh))
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
+
+
+def make_ratio(family, c, frozen):
+    """Jitted (params, ref, record, key) -> r [B] at the noise levels of `c`, for histograms."""
+
+    @jax.jit
+    def ratio(params, ref, record, key):
+        key_encode, key_draw = jax.random.split(key)
+        examples = family.encode(frozen, record, key_encode)
+        draws = family.draw(key_draw, c.batch, (c.p_mean, c.p_std))
+        s, s_ref = (family.score(family.project(p), frozen, examples, draws) for p in (params, ref))
+        return family.ratio(s, s_ref, examples, draws)
+
+    return ratio

@@ -158,7 +158,7 @@ def test_durations_in_steps():
 
 
 HARMLESS = ["log.every", "log.tensorboard", "keep", "lease_s", "name", "remark", "data.dir", "eval.grid"]
-HARMLESS += ["ddo.save_every.steps", "pretrain.accumulation", "mesh.fsdp"]
+HARMLESS += ["ddo.save_every.steps", "ddo.accumulation", "mesh.fsdp"]
 SERIOUS = ["seed", "precision", "data.name", "data.split", "data.flip", "model.levels", "model.width", "ddo.lr"]
 SERIOUS += ["ddo.alpha", "ddo.rounds", "pretrain.length.steps", "eval.num", "sampler.num_steps", "control.enabled"]
 

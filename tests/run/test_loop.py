@@ -68,7 +68,7 @@ def test_not_a_number_stops_the_run(run):
     good, tools = run("nan", 2)
     loop.train(good, tools)
     diverging, _ = run("nan", 6, lr=float("inf"))
-    task = search.Task(diverging.directory, lambda renew: loop.train(diverging, tools, renew))
+    task = search.Task(diverging.directory, lambda: loop.train(diverging, tools))
     with pytest.raises(UserError, match=r"nan: .* (nan|inf) between steps \d and \d; no checkpoint was overwritten"):
         search.divide([task], lease_s=60.0)
     assert not (diverging.directory / "result.json").exists()

@@ -20,7 +20,7 @@ from etils import epath
 from ddo_jax.run import search
 root = epath.Path(sys.argv[1])
 def task(i):
-    def run(renew):
+    def run():
         with open(root / "log", "a") as f:
             f.write(f"{i}\\n")
         time.sleep(0.1)
@@ -64,7 +64,7 @@ def test_reused_process_id_is_a_dead_job(tmp_path):
 
 def test_living_jobs_are_left_alone(tmp_path):
     """Breaks if a job takes what another is at: one on this host, one elsewhere with a fresh claim."""
-    claim(epath.Path(tmp_path / "here"), host=socket.gethostname(), pid=os.getppid(), time=0.0)
+    claim(epath.Path(tmp_path / "here"), host=socket.gethostname(), pid=os.getppid())
     claim(epath.Path(tmp_path / "there"))
     assert not search.take(epath.Path(tmp_path / "here"), lease_s=60.0)
     assert not search.take(epath.Path(tmp_path / "there"), lease_s=60.0)
@@ -72,6 +72,8 @@ def test_living_jobs_are_left_alone(tmp_path):
 
 def test_expired_lease_is_taken_over(tmp_path):
     """Breaks if the work of a lost host is never done."""
+    claim(epath.Path(tmp_path / "hung"), host=socket.gethostname(), pid=os.getppid(), time=time.time() - 61)
+    assert search.take(epath.Path(tmp_path / "hung"), lease_s=60.0)
     claim(epath.Path(tmp_path), time=time.time() - 61)
     assert search.take(epath.Path(tmp_path), lease_s=60.0)
     assert json.loads((tmp_path / "claim.json").read_text())["job"] == search.JOB
@@ -96,11 +98,20 @@ def test_finished_tasks_are_not_done_again(tmp_path):
     """Breaks if a result is ignored, or the claim is left behind."""
     runs = []
 
-    def run(renew):
+    def run():
         runs.append(1)
-        renew()
         return {"value": 1}
 
     task = search.Task(epath.Path(tmp_path / "t"), run)
     assert search.divide([task], lease_s=60.0) == search.divide([task], lease_s=60.0) == [{"value": 1}]
     assert len(runs) == 1 and not (tmp_path / "t" / "claim.json").exists()
+
+
+def test_heartbeat_keeps_a_claim_alive(tmp_path):
+    """Breaks if an evaluation longer than the lease is taken over while its job lives."""
+    claim(epath.Path(tmp_path), job=search.JOB, time=0.0)
+    with search.heartbeat(epath.Path(tmp_path), lease_s=0.2):
+        deadline = time.monotonic() + 10
+        while json.loads((tmp_path / "claim.json").read_text())["time"] == 0.0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert time.time() - json.loads((tmp_path / "claim.json").read_text())["time"] < 60
