@@ -95,6 +95,9 @@ def base() -> ConfigDict:
             eval=dict(
                 network="digits",  # digits | inception | dinov2
                 weights=config_dict.placeholder(str),  # of the feature network; unset: its known name
+                reference=config_dict.placeholder(
+                    str
+                ),  # statistics file (edm, edm2, OpenAI); unset: of the training set
                 num=50_000,  # images per reported evaluation
                 select_num=config_dict.placeholder(int),  # images per evaluation inside the rounds; unset: num
                 batch=512,  # sampled at a time, over all devices; images do not depend on it

@@ -1,5 +1,6 @@
 """From a config and a workdir to a prepared run: family, mesh, data, sampler, evaluator."""
 
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -13,9 +14,11 @@ import numpy as np
 from etils import epath
 
 from ddo_jax import __version__, files, sharding
+from ddo_jax.core import frechet
 from ddo_jax.data import sources
 from ddo_jax.errors import UserError
-from ddo_jax.evaluate import features, score
+from ddo_jax.evaluate import features, image_sets, references, score
+from ddo_jax.evaluate.collect import DINOV2, MAIN
 from ddo_jax.families import get_family
 from ddo_jax.families.base import Family
 from ddo_jax.run import checkpoint, load, loop, record, rounds, state, step
@@ -69,10 +72,16 @@ def make_evaluator(config, workdir, family, frozen, sampler, settings, train):
     """evaluate(params, phase, step, purpose, index) -> (record of one scored set with its whole protocol,
     its first `config.eval.grid` images)."""
     network = features.get_features(config.eval.network, train, workdir, config.eval.weights)
+    if config.eval.network != "digits" and config.model.levels != 256:
+
+        def full_range(images):  # these networks take 256 grey levels
+            return network_256.apply(image_sets.to_levels(images, config.model.levels, 256))
+
+        network_256, network = network, dataclasses.replace(network, apply=full_range)
     reals = {"train": train}
     if config.data.holdout:
         reals[config.data.holdout] = sources.open_source(config.data.name, config.data.holdout, config.data.dir)
-    references = {name: score.reference(network, source) for name, source in reals.items()}
+    moments, named = make_references(config, network, reals)
     numbers = {"report": config.eval.num, "select": config.eval.select_num or config.eval.num}
     protocol = {
         "labels": "balanced by position" if family.num_classes else "none",
@@ -82,7 +91,7 @@ def make_evaluator(config, workdir, family, frozen, sampler, settings, train):
         "quantised_to": f"{config.model.levels} levels",
         "features": f"{network.name} {network.digest}",
         "scale": network.scale,
-        "references": {n: f"{s.name} {s.fingerprint} ({len(s)} images)" for n, s in reals.items()},
+        "references": named,
         "precision": config.precision,
         **versions(),
     }
@@ -92,13 +101,38 @@ def make_evaluator(config, workdir, family, frozen, sampler, settings, train):
         seeds = score.seed_range(purpose, index, num)
         labels = score.balanced(seeds, family.num_classes)
         records = sampler(params, frozen, seeds, labels)
-        values, images = score.score(network, references, records, keep=config.eval.grid)
+        values, images = score.score(network, moments, records, keep=config.eval.grid)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         drawn = {"purpose": purpose, "n_samples": num, "seeds": [int(seeds[0]), int(seeds[-1])], "time": now}
         made = {**drawn, "weights": weights_digest(params), **protocol}
         return {"phase": phase, "step": at, "metric": network.named(num), **values, "protocol": made}, images
 
     return evaluate, network.named(numbers["select"])
+
+
+def make_references(config, network, reals) -> tuple[dict, dict]:
+    """({name: moments of real images}, {name: what they are of}); the first one selects.
+
+    Statistics of a file (`config.eval.reference`) take the place of the training set's; those that are computed
+    with Inception or DINOv2 are kept by content in the cache.
+    """
+    if config.eval.network == "digits":
+        moments = {name: score.reference(network, source) for name, source in reals.items()}
+        return moments, {n: f"{s.name} {s.fingerprint} ({len(s)} images)" for n, s in reals.items()}
+    owner, metric = {"inception": (MAIN, "fid"), "dinov2": (DINOV2, "fd_dinov2")}[config.eval.network]
+    moments, named = {}, {}
+    for name, source in reals.items():
+        if name == "train" and config.eval.reference:
+            length = network.apply(np.zeros((1, *source.image_shape), np.uint8))["features"].shape[1]
+            found = references.open_reference(config.eval.reference, {metric: length}, {owner: network})
+            moments[name] = dataclasses.asdict(found.gaussians[metric])
+            named[name] = f"{found.name} {found.digest}"
+        else:
+            images = image_sets.of_source(source, levels=config.model.levels)
+            mu, sigma = references.statistics(images, network, owner, config.model.levels)[metric]
+            moments[name] = {"mu": mu, "sigma": sigma, "root": frechet.sqrt_psd(sigma)}
+            named[name] = f"{source.name} {source.fingerprint} ({len(source)} images)"
+    return moments, named
 
 
 def step_factory(config, family, mesh):
@@ -134,6 +168,8 @@ def check(config) -> Checked:
     family = get_family(config)
     settings = family.settings(config.sampler)
     features.check(config.eval.network, config.eval.weights)
+    if config.eval.reference and not epath.Path(config.eval.reference).exists():
+        raise UserError(f"config.eval.reference: {config.eval.reference}: no such file; unset it to compute statistics")
     mesh = sharding.make_mesh(config.mesh.fsdp)
     init = None if config.init == "scratch" else load.find(config.init)
     data = sources.open_source(config.data.name, config.data.split, config.data.dir)

@@ -1,0 +1,312 @@
+"""One pass over a set of images, and the metrics from what the pass kept.
+
+    collect(networks, metrics, records) -> Collected     means and covariances; features only where a metric needs them
+    compute(metrics, collected, reference, networks) -> {name: value}
+
+Images are never held, features only for is (logits), pr, kid, fid_inf and the bootstrap (float32, 410 MB at 50,000).
+"""
+
+import dataclasses
+import functools
+import itertools
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from ddo_jax.core import frechet, metrics
+from ddo_jax.errors import UserError
+from ddo_jax.evaluate.features import FeatureNet
+from ddo_jax.evaluate.image_sets import ImageSet, to_levels
+
+CHUNK = 256  # images that go through a network at a time
+ROWS = 1024  # features merged into the moments at a time
+REAL_IMAGES = 10_000  # of the reference, for pr and kid
+IS_BLOCK, IS_SEED = 5000, 0
+FULL = 50_000  # images; fewer are never called "fid"
+KID_SIZE = 1000
+INF_POINTS, INF_LEAST = 15, 5000  # subsets of fid_inf: how many, smallest
+
+MAIN, DINOV2 = "main", "dinov2"  # of a dict of networks: the one of --network, and DINOv2
+FRECHET = {"fid": (MAIN, "features"), "sfid": (MAIN, "spatial"), "fd_dinov2": (DINOV2, "features")}
+KEPT = {"is": (MAIN, "logits"), **dict.fromkeys(("pr", "kid", "fid_inf", "bootstrap"), (MAIN, "features"))}
+METRICS = ("fid", "sfid", "is", "pr", "kid", "fd_dinov2", "fid_inf")
+
+
+# ----------------------------------------------------------------------------------------------------
+# One pass
+
+
+def rechunk(records: Iterable[dict], size: int = CHUNK) -> Iterator[dict]:
+    """The same images in records of `size`, whatever size they come in."""
+    held, n = [], 0
+    for record in records:
+        held.append(record)
+        n += len(record["image"])
+        if n >= size:
+            whole = _joined(held)
+            for i in range(0, n - size + 1, size):
+                yield {k: v[i : i + size] for k, v in whole.items()}
+            left = n % size
+            held, n = ([{k: v[len(v) - left :] for k, v in whole.items()}] if left else []), left
+    if held:
+        yield _joined(held)
+
+
+def _joined(records: list[dict]) -> dict:
+    if len(records) == 1:
+        return records[0]
+    arrays = {k: np.concatenate([r[k] for r in records]) for k in records[0] if k != "id"}
+    return arrays | {"id": list(itertools.chain(*(r["id"] for r in records)))}
+
+
+class Accumulator:
+    """Mean and covariance of features that come in batches of any size."""
+
+    def __init__(self):
+        self._held, self._n, self._moments = [], 0, None
+
+    def add(self, rows: np.ndarray) -> None:
+        self._held.append(rows)
+        self._n += len(rows)
+        if self._n >= ROWS:
+            self._merge()
+
+    def _merge(self) -> None:
+        part = frechet.moments_of(np.concatenate(self._held))
+        self._moments = part if self._moments is None else frechet.merge(self._moments, part)
+        self._held, self._n = [], 0
+
+    def finalize(self) -> tuple[np.ndarray, np.ndarray]:
+        """(mu, sigma) of everything added."""
+        if self._n:
+            self._merge()
+        return frechet.finalize(self._moments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """What a pass kept.
+
+    Attributes:
+      num: images. content: CRC-32 of their pixels.
+      moments: {metric of FRECHET: (mu, sigma)}. kept: {(network, vector): float32 [N, D]}.
+      labels: int32 [N] or None. ids: their names.
+    """
+
+    num: int
+    content: str
+    moments: dict[str, tuple[np.ndarray, np.ndarray]]
+    kept: dict[tuple[str, str], np.ndarray]
+    labels: np.ndarray | None
+    ids: list[str]
+
+
+def networks_of(wanted: Iterable[str]) -> set[str]:
+    """The networks (MAIN, DINOV2) that metrics need."""
+    return {{**FRECHET, **KEPT}[metric][0] for metric in wanted}
+
+
+def probe(networks: dict[str, FeatureNet], wanted: Iterable[str], shape: tuple[int, ...]) -> dict[str, int]:
+    """Feature length of every metric, by one black image: what cannot work fails before anything is generated.
+
+    Raises:
+      UserError: a network that does not take such images or does not give what a metric needs.
+    """
+    lengths = {}
+    for name, network in networks.items():
+        try:
+            vectors = network.apply(np.zeros((1, *shape), np.uint8))
+        except (TypeError, ValueError) as e:
+            reason = str(e).splitlines()[0][:120]
+            raise UserError(
+                f"{network.name} does not take images of {shape}: {reason}; take another --network"
+            ) from None
+        for metric in wanted:
+            owner, vector = {**FRECHET, **KEPT}[metric]
+            if owner == name and vector not in vectors:
+                raise UserError(f"--metrics: {metric} needs {vector}, which {network.name} has not; use inception")
+            if owner == name:
+                lengths[metric] = vectors[vector].shape[1]
+    return lengths
+
+
+class _Kept:
+    """Rows kept in one array, allocated once where their number is known."""
+
+    def __init__(self, num: int):
+        self._num, self._at, self._rows = num, 0, None
+
+    def add(self, rows: np.ndarray) -> None:
+        if self._rows is None:
+            self._rows = np.empty((self._num, rows.shape[1]), np.float32)
+        self._rows[self._at : self._at + len(rows)] = rows
+        self._at += len(rows)
+
+    def rows(self) -> np.ndarray:
+        return self._rows[: self._at]
+
+
+def collect(networks: dict[str, FeatureNet], wanted: Iterable[str], records: Iterable[dict], num: int) -> Collected:
+    """Run images through the networks once.
+
+    Args:
+      networks: {MAIN: ..., DINOV2: ...}, those that are needed. wanted: metrics, and "bootstrap".
+      records: {"image": uint8 [n, H, W, C], "id", "label" where known}, of any size. num: images in all, at most.
+
+    Raises:
+      UserError: fewer than 2 images.
+    """
+    wanted = list(wanted)
+    sums = {metric: Accumulator() for metric in wanted if metric in FRECHET}
+    if "bootstrap" in wanted:
+        sums.setdefault("fid", Accumulator())
+    kept = {KEPT[metric]: _Kept(num) for metric in wanted if metric in KEPT}
+    labels, ids, crc = [], [], 0
+    for record in rechunk(records):
+        images = np.ascontiguousarray(record["image"])
+        crc = zlib.crc32(images, crc)
+        vectors = {name: network.apply(images) for name, network in networks.items()}
+        for metric, moments in sums.items():
+            owner, vector = FRECHET[metric]
+            moments.add(vectors[owner][vector])
+        for (owner, vector), rows in kept.items():
+            rows.add(vectors[owner][vector])
+        ids.extend(record["id"])
+        if "label" in record:
+            labels.append(record["label"])
+    if len(ids) < 2:
+        raise UserError(f"{len(ids)} images: a score needs at least 2")
+    return Collected(
+        len(ids),
+        f"{crc:08x}",
+        {metric: moments.finalize() for metric, moments in sums.items()},
+        {key: rows.rows() for key, rows in kept.items()},
+        np.concatenate(labels) if labels else None,
+        ids,
+    )
+
+
+def features_of(network: FeatureNet, images: ImageSet, levels: int) -> np.ndarray:
+    """Features of a set, float32 [N, D]."""
+    kept = _Kept(images.num)
+    for record in images.records(CHUNK):
+        kept.add(network.apply(to_levels(record["image"], images.levels, levels))["features"])
+    return kept.rows()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def named(name: str, num: int) -> str:
+    """A metric's name for `num` images: what depends on their number says it below 50,000.
+
+    >>> named("fid", 5000), named("is", 50_000), named("fd_dinov2", 10_000)
+    ('fid5k', 'is', 'fd_dinov2_10k')
+    """
+    if num >= FULL:
+        return name
+    return f"{name}{'_' if name[-1].isdigit() else ''}{num / 1000:g}k"
+
+
+def check(wanted: Iterable[str], num: int) -> None:
+    """Refuse before any image is made what so few images cannot give."""
+    if "fid_inf" in wanted and num < 2 * INF_LEAST:
+        raise UserError(
+            f"--metrics: fid_inf of {num} images; it extrapolates from {INF_LEAST} and more: at least {2 * INF_LEAST}"
+        )
+    for metric, least in (("pr", 4), ("kid", 2)):
+        if metric in wanted and num < least:
+            raise UserError(f"--metrics: {metric} of {num} images; at least {least}")
+
+
+def is_order(labels: np.ndarray | None, num: int) -> np.ndarray | None:
+    """A permutation where the images lie class by class, else None: file order."""
+    if labels is None or not (np.diff(labels) >= 0).all() or labels[0] == labels[-1]:
+        return None
+    return np.random.RandomState(IS_SEED).permutation(num)
+
+
+def _inception_score(collected: Collected) -> dict[str, float]:
+    order = is_order(collected.labels, collected.num)
+    found = metrics.inception_score(collected.kept[MAIN, "logits"], block=IS_BLOCK, order=order)
+    return {named("is", collected.num): found.mean, named("is_std", collected.num): found.std}
+
+
+def _distance(reference, metric: str, moments) -> float:
+    g = reference.gaussians[metric]
+    return frechet.frechet_distance(g.mu, g.sigma, *moments, root1=g.root)
+
+
+def fid_infinity(features: np.ndarray, distance: Callable, points: int = INF_POINTS, least: int = INF_LEAST) -> dict:
+    """Extrapolation over random subsets of `points` sizes from `least` to all, seed 0.
+
+    Args:
+      features: [N, D]. distance: (mu, sigma) -> Frechet distance to the reference.
+    """
+    sizes = np.linspace(least, len(features), points).round().astype(int)
+    rng, values = np.random.RandomState(0), []
+    for size in sizes:
+        rows, moments = np.sort(rng.choice(len(features), size, replace=False)), Accumulator()
+        for i in range(0, size, ROWS):
+            moments.add(features[rows[i : i + ROWS]])
+        values.append(distance(moments.finalize()))
+    intercept, slope = metrics.frechet_infinity(sizes, values)
+    return {"fid_inf": intercept, "fid_inf_slope": slope}
+
+
+def compute(
+    wanted: Iterable[str], collected: Collected, reference, networks: dict[str, FeatureNet], real=None
+) -> dict[str, float]:
+    """The values of metrics, named for the number of images.
+
+    Args:
+      wanted: of METRICS. collected: of `collect`. reference: `references.Reference`, None if only "is" is wanted.
+      real: features of real images [M, D], for pr and kid.
+
+    Returns:
+      {"fid5k": ...}; of is, pr and kid several values, as the spread over blocks or subsets.
+    """
+    out, num = {}, collected.num
+    for metric in wanted:
+        if metric in FRECHET:
+            network = networks[FRECHET[metric][0]]
+            name = network.named(num) if metric == "fid" else named(metric, num)
+            out[name] = network.scale * _distance(reference, metric, collected.moments[metric])
+        elif metric == "is":
+            out |= _inception_score(collected)
+        elif metric == "pr":
+            found = metrics.precision_recall(real, collected.kept[MAIN, "features"])
+            names = ("precision", "recall", "density", "coverage")
+            out |= {named(name, num): getattr(found, name) for name in names}
+        elif metric == "kid":
+            size = min(KID_SIZE, num, len(real))
+            found = metrics.kid(real, collected.kept[MAIN, "features"], size=size)
+            out |= {"kid": found.mean, "kid_std": found.std}
+        else:
+            found = fid_infinity(collected.kept[MAIN, "features"], functools.partial(_distance, reference, "fid"))
+            out |= {name: networks[MAIN].scale * value for name, value in found.items()}
+    return out
+
+
+def compare(a: Collected, b: Collected, reference, network: FeatureNet) -> tuple[metrics.Interval, bool]:
+    """(95 % interval of the distance of a less that of b, whether the images are paired by their names).
+
+    Raises:
+      UserError: sets of different size: the bias of a Frechet distance depends on it.
+    """
+    if a.num != b.num:
+        raise UserError(
+            f"--against: {b.num} images against {a.num}; the bias depends on it: take equal numbers (--num)"
+        )
+    g = reference.gaussians["fid"]
+    influences = [
+        network.scale * metrics.frechet_influence(c.kept[MAIN, "features"], *c.moments["fid"], g.mu, g.root)
+        for c in (a, b)
+    ]
+    difference = network.scale * (
+        _distance(reference, "fid", a.moments["fid"]) - _distance(reference, "fid", b.moments["fid"])
+    )
+    paired = a.ids == b.ids
+    return metrics.bootstrap_difference(difference, *influences, paired=paired), paired

@@ -1,0 +1,325 @@
+"""Sets of images, read as streams: a folder, a zip, an .npz (arr_0), a pool, a dataset; and written."""
+
+import dataclasses
+import math
+import os
+import uuid
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from ddo_jax import files
+from ddo_jax.data import archives, images, pool, sources
+from ddo_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Images to be read in order, more than once if need be.
+
+    Attributes:
+      name, num, shape: of the set, its images, one image (H, W, C).
+      levels: grey levels of its pixels. num_classes: 0 where labels are unknown.
+      records: size -> iterator of {"image": uint8 [n, H, W, C], "label": int32 [n] (of subfolders where nothing
+        better is known), "id": n names}, n <= size.
+      content: of the file, where it is known without reading the images.
+    """
+
+    name: str
+    num: int
+    shape: tuple[int, ...]
+    levels: int
+    num_classes: int
+    records: Callable[[int], Iterator[dict]]
+    content: str = ""
+
+
+class Streamed(sources.EncodedSource):
+    """Images that are read once: nothing is kept."""
+
+    def _fits(self) -> bool:
+        return False
+
+
+def chosen(n: int, num: int | None) -> np.ndarray:
+    """Which of n images are scored: all, or a random `num` of them with seed 0, in order (the EDM tools' rule).
+
+    Raises:
+      UserError: more than there are.
+    """
+    if num is not None and not 2 <= num <= n:
+        raise UserError(f"--num: {num}; allowed: 2 to the {n} images there are")
+    order = np.arange(n)
+    if num is not None and num < n:
+        np.random.RandomState(0).shuffle(order)
+        order = np.sort(order[:num])
+    return order
+
+
+def _encoded(records, labelled: bool, num: int | None) -> ImageSet:
+    source, indices = Streamed(records), chosen(len(records), num)
+
+    def read(size: int) -> Iterator[dict]:
+        for i in range(0, len(indices), size):
+            rows = indices[i : i + size]
+            names = [records.where(int(j)).rsplit("/", 1)[-1].rsplit(": ", 1)[-1] for j in rows]
+            yield source.read(rows) | {"id": [name.rsplit(".", 1)[0] for name in names]}
+
+    classes = records.num_classes if labelled else 0
+    return ImageSet(records.name, len(indices), source.image_shape, 256, classes, read)
+
+
+def of_source(source, limit: int | None = None, levels: int = 256) -> ImageSet:
+    """A dataset, or `limit` of its images, evenly spread (the classes may lie one after the other)."""
+    indices = np.arange(len(source))
+    if limit is not None and limit < len(source):
+        indices = np.linspace(0, len(source) - 1, limit).round().astype(np.int64)
+
+    def read(size: int) -> Iterator[dict]:
+        for i in range(0, len(indices), size):
+            yield source.read(indices[i : i + size]) | {"id": [str(j) for j in indices[i : i + size]]}
+
+    content = f"{source.fingerprint}-{len(source)}"
+    return ImageSet(source.name, len(indices), source.image_shape, levels, source.num_classes, read, content)
+
+
+def first(images: ImageSet, num: int) -> ImageSet:
+    """The first `num` images of a set."""
+
+    def read(size: int) -> Iterator[dict]:
+        left = num
+        for record in images.records(size):
+            yield {k: v[:left] for k, v in record.items()}
+            left -= len(record["image"])
+            if left <= 0:
+                return
+
+    return dataclasses.replace(images, num=min(num, images.num), records=read)
+
+
+class _Member(NamedTuple):
+    """Header of a .npy member of an .npz."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype
+
+
+DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+
+
+def _header(file) -> _Member:
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in read:
+        raise ValueError(f".npy version {version}")
+    return _Member(*read[version](file))
+
+
+def _exactly(file, size: int) -> bytes:
+    parts = []
+    while size > 0:
+        part = file.read(size)
+        if not part:
+            raise EOFError("it ends early")
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def _npz_extra(path: Path, names: tuple[str, ...], n: int) -> np.ndarray | None:
+    """The first of `names` that is an array of n integers."""
+    with np.load(path, allow_pickle=False) as arrays:
+        for name in names:
+            if name in arrays.files and arrays[name].shape == (n,) and arrays[name].dtype.kind in "iu":
+                return arrays[name]
+    return None
+
+
+def of_npz(path: Path, num: int | None = None) -> ImageSet:
+    """arr_0 of an .npz, read from the file as it is needed: such files have 10 GB.
+
+    Raises:
+      UserError: damaged, or arr_0 is not uint8 [N, H, W, 1 or 3]; here or while it is read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if "arr_0.npy" not in archive.namelist():
+                raise UserError(f"{path}: no arr_0 among {', '.join(archive.namelist()[:9])}; it must hold the images")
+            content = f"{archive.getinfo('arr_0.npy').CRC:08x}"
+            with archive.open("arr_0.npy") as file:
+                member = _header(file)
+        fits = len(member.shape) == 4 and member.shape[0] and member.shape[3] in (1, 3)
+        if member.dtype != np.uint8 or not fits or member.fortran:
+            order = " in Fortran order" if member.fortran else ""
+            raise UserError(
+                f"{path}: arr_0 is {member.dtype} {member.shape}{order}; allowed: uint8 (N, H, W, 3) or (N, H, W, 1)"
+            )
+        n = member.shape[0]
+        labels, seeds = _npz_extra(path, ("labels", "arr_1"), n), _npz_extra(path, ("seeds",), n)
+    except DAMAGED as e:
+        raise UserError(f"{path}: damaged or no .npz ({e}); restore the file") from None
+    indices = chosen(n, num)
+    wanted = np.zeros(n, bool)
+    wanted[indices] = True
+
+    def read(size: int) -> Iterator[dict]:
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+                _header(file)
+                for i in range(0, n, size):
+                    count = min(size, n - i)
+                    data = _exactly(file, count * math.prod(member.shape[1:]))
+                    rows = np.flatnonzero(wanted[i : i + count])
+                    if len(rows):
+                        pixels = np.frombuffer(data, np.uint8).reshape(count, *member.shape[1:])
+                        record = {"image": pixels[rows], "id": [_id(seeds, i + j) for j in rows]}
+                        yield record | ({} if labels is None else {"label": labels[i + rows].astype(np.int32)})
+        except DAMAGED as e:
+            raise UserError(f"{path}: arr_0 is damaged ({e}); restore the file") from None
+
+    classes = 0 if labels is None else int(labels.max()) + 1
+    return ImageSet(f"npz:{path.name}", len(indices), member.shape[1:], 256, classes, read, content)
+
+
+def _id(seeds: np.ndarray | None, i: int) -> str:
+    return f"{int(i if seeds is None else seeds[i]):06d}"
+
+
+def of_pool(directory: Path, num: int | None = None, levels: int = 256) -> ImageSet:
+    """The chunks of a pool, one at a time.
+
+    Raises:
+      UserError: a damaged chunk, latents instead of images, or chunks of different shapes.
+    """
+    paths = [epath.Path(p) for p in sorted(directory.glob("chunk-*.npz"))]
+    first, labels = pool.read_chunk(paths[0])
+    if first.dtype != np.uint8 or first.ndim != 4:
+        raise UserError(
+            f"{paths[0]}: {first.dtype} {first.shape}; a pool of latents cannot be scored, only uint8 images"
+        )
+    counts, classes = [], 0
+    for path in paths:
+        labels = _npz_labels(path)
+        counts.append(len(labels))
+        classes = max(classes, int(labels.max(initial=0)) + 1)
+    starts = np.cumsum([0, *counts])
+    indices = chosen(int(starts[-1]), num)
+
+    def read(size: int) -> Iterator[dict]:
+        for path, start, end in zip(paths, starts[:-1], starts[1:], strict=True):
+            pixels, labels = pool.read_chunk(path)
+            if pixels.shape[1:] != first.shape[1:] or pixels.dtype != np.uint8:
+                raise UserError(f"{path}: {pixels.dtype} {pixels.shape[1:]}; allowed: uint8 {first.shape[1:]}")
+            rows = indices[(indices >= start) & (indices < end)] - start
+            for i in range(0, len(rows), size):
+                part = rows[i : i + size]
+                yield {"image": pixels[part], "label": labels[part], "id": [_id(None, start + j) for j in part]}
+
+    return ImageSet(f"pool:{directory.name}", len(indices), first.shape[1:], levels, classes, read)
+
+
+def _npz_labels(path: epath.Path) -> np.ndarray:
+    try:
+        with path.open("rb") as f, np.load(f, allow_pickle=False) as chunk:
+            return chunk["labels"]
+    except DAMAGED as e:
+        raise UserError(f"pool file {path} is damaged ({e})") from None
+
+
+def is_npz(path: Path) -> bool:
+    """Whether a file is an .npz, by its content: a zip of .npy members."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return bool(archive.namelist()) and all(n.endswith(".npy") for n in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def open_images(what: str, num: int | None = None, pool_levels: int = 256) -> ImageSet:
+    """A set of images by path.
+
+    Args:
+      what: a folder (any depth), a zip, an .npz with arr_0, a pool. num: only so many (see `chosen`).
+      pool_levels: grey levels of a pool, which does not record them.
+
+    Raises:
+      UserError: nothing usable there; names what is wrong, here or while it is read.
+    """
+    path = Path(what).expanduser()
+    if path.is_dir():
+        if any(path.glob("chunk-*.npz")):
+            return of_pool(path, num, pool_levels)
+        return _encoded(archives.FolderRecords(path, "train"), (path / archives.LABELS).exists(), num)
+    if not path.exists():
+        raise UserError(f"--images: {what}: no such folder or file; allowed: a folder, zip, npz or pool of images")
+    if is_npz(path):
+        return of_npz(path, num)
+    records = archives.ZipRecords(path, "train")
+    with zipfile.ZipFile(path) as archive:
+        labelled = archives.LABELS in archive.namelist()
+    return _encoded(records, labelled, num)
+
+
+def to_levels(images: np.ndarray, have: int, want: int) -> np.ndarray:
+    """Grey levels 0..have-1 spread over 0..want-1."""
+    return images if have == want else np.round(images * ((want - 1) / (have - 1))).astype(np.uint8)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Written
+
+
+class NpzWriter:
+    """arr_0 uint8 [N, H, W, 3], labels, seeds: streamed into an uncompressed .npz that appears when it is whole."""
+
+    def __init__(self, path: Path, num: int, shape: tuple[int, ...]):
+        self._path, self._temporary = path, path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        self._zip, self._labels, self._ids = zipfile.ZipFile(self._temporary, "w"), [], []
+        self._member = self._zip.open("arr_0.npy", "w", force_zip64=True)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (num, *shape[:2], 3)}
+        np.lib.format.write_array_header_1_0(self._member, header)
+
+    def add(self, record: dict, pixels: np.ndarray) -> None:
+        self._member.write(np.ascontiguousarray(pixels).tobytes())
+        self._ids.extend(record["id"])
+        if "label" in record:
+            self._labels.extend(record["label"].tolist())
+
+    def close(self) -> None:
+        self._member.close()
+        numbers = all(i.isdigit() for i in self._ids)
+        extra = {"labels": np.array(self._labels, np.int64)} if self._labels else {}
+        extra |= {"seeds": np.array([int(i) for i in self._ids])} if numbers else {}
+        for name, array in extra.items():
+            with self._zip.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array)
+        self._zip.close()
+        os.replace(self._temporary, self._path)
+
+    def abort(self) -> None:
+        self._member.close()
+        self._zip.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+class FolderWriter:
+    """One PNG a seed, as `ddo_jax.sample` writes them."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, record: dict, pixels: np.ndarray) -> None:
+        for name, image in zip(record["id"], pixels, strict=True):
+            files.write_bytes(self._folder / f"{name}.png", images.encode_png(image))
+
+    def close(self) -> None:
+        pass
+
+    abort = close
