@@ -30,7 +30,7 @@ class Released:
     """What a file holds.
 
     Attributes:
-      kind: "edm", or None if it is none of the kinds that can be converted so far.
+      kind: "edm", "inception", "dinov2", or None if it is none of the kinds that can be converted so far.
       config: the constructor arguments as recorded, with what they leave out but the shapes show.
       state_dict: {released name: NumPy array} in file order; bfloat16 widened to float32.
       extras: format; dtypes {name: dtype in the file}; top_level (keys of the file's outermost dictionary);
@@ -86,6 +86,11 @@ def _released(state: dict, dtypes: dict, recorded: dict, extras: dict) -> Releas
     """Kind and configuration by names; class_name, if recorded, must agree."""
     extras = {**extras, "dtypes": dtypes}
     looks_edm = "model.map_layer0.weight" in state and any(_FIRST.fullmatch(name) for name in state)
+    for head, naming in _INCEPTION.items():
+        if head in state:
+            return Released("inception", {"naming": naming}, state, extras)
+    if "blocks.0.ls1.gamma" in state and "patch_embed.proj.weight" in state:
+        return Released("dinov2", infer_dinov2(state), state, extras)
     if not looks_edm or recorded.get("class_name", "EDMPrecond") != "EDMPrecond":
         return Released(None, recorded, state, extras)
     return Released("edm", edm_config(recorded, state), state, extras)
@@ -249,6 +254,30 @@ def _safetensors(data) -> Released:
 
 
 _READERS = {"nvidia-pickle": _nvidia, "torch-zip": _torch, "torch-legacy": _torch, "safetensors": _safetensors}
+
+
+# First convolution of FID-Inception in each of its namings (metrics.md section 4)
+_INCEPTION = {
+    "Conv2d_1a_3x3.conv.weight": "torch",
+    "conv/conv2d_params": "tf",
+    "layers.conv.weight": "nvidia",
+    "layers.conv.conv.weight": "mixed",
+}
+
+
+def infer_dinov2(state: dict) -> dict:
+    """Arguments of DINOv2 from the shapes; heads are 64 wide in all released sizes.
+
+    Raises:
+      UnsafeOrDamaged: an array that tells a size is missing.
+    """
+    try:
+        width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
+        side = round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch
+    except (KeyError, IndexError) as e:
+        raise UnsafeOrDamaged(f"DINOv2: {e.args[0]}: missing, or not of its shape") from None
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    return {"embed_dim": width, "depth": depth, "num_heads": width // 64, "patch_size": patch, "img_size": side}
 
 
 # ----------------------------------------------------------------------------------------------------

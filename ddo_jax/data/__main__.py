@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         path = make.make(options.pop("src"), options.pop("dst"), **options)
         made = sources.open_source(str(path), "train")
     except UserError as e:
-        fail(str(e))
+        fail(str(e).replace("config.data.name", "SRC"))
     shape = "x".join(map(str, made.image_shape))
     print(f"{path}: {len(made)} images of {shape}, {made.num_classes} classes, CRC {made.fingerprint}")
 

@@ -73,28 +73,30 @@ def _rgb(images: np.ndarray) -> np.ndarray:
 
 
 def _weights(name: str, weights: str | None):
-    """(state dict, twelve hex digits of the file's SHA-256) of a feature network's file."""
+    """(what the file holds, twelve hex digits of its SHA-256) of a feature network's file."""
     path = names.resolve(weights or DEFAULT_WEIGHTS[name])
     try:
-        state = convert.read(path).state_dict
+        released = convert.read(path)
     except UnsafeOrDamaged as e:
         raise UserError(str(e)) from None
+    if released.kind != name:
+        raise UserError(f"{path}: holds {released.kind or 'another network'}; expected the weights of {name}")
     with open(path, "rb") as f:
-        return state, hashlib.file_digest(f, "sha256").hexdigest()[:12]
+        return released, hashlib.file_digest(f, "sha256").hexdigest()[:12]
 
 
-def _converted(kind: str, config: dict, state: dict):
+def _converted(released: convert.Released):
     try:
-        return convert.from_torch(kind, config, state)
+        return convert.from_torch(released.kind, released.config, released.state_dict)
     except ValueError as e:
-        raise UserError(f"weights of {kind}: {e}") from None
+        raise UserError(f"weights of {released.kind}: {e}") from None
 
 
 def _inception(weights: str | None, train, cache) -> FeatureNet:
     from ddo_jax.models import inception
 
-    state, digest = _weights("inception", weights)
-    _, variables = _converted("inception", {}, state)
+    released, digest = _weights("inception", weights)
+    _, variables = _converted(released)
     variables = jax.device_put(variables)
 
     def program(images):
@@ -105,22 +107,11 @@ def _inception(weights: str | None, train, cache) -> FeatureNet:
     return FeatureNet("FID-Inception, pool3", digest, "fid", 1.0, lambda images: apply(_rgb(images)))
 
 
-def _dinov2_config(state: dict) -> dict:
-    """Arguments of DINOv2 from the shapes; heads are 64 wide in all released sizes."""
-    try:
-        width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
-        side = round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch
-    except KeyError as e:
-        raise UserError(f"weights of dinov2: {e.args[0]} is missing; expected dinov2_vit*14_pretrain.pth") from None
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    return {"embed_dim": width, "depth": depth, "num_heads": width // 64, "patch_size": patch, "img_size": side}
-
-
 def _dinov2(weights: str | None, train, cache) -> FeatureNet:
     from ddo_jax.models import dinov2
 
-    state, digest = _weights("dinov2", weights)
-    module, variables = _converted("dinov2", _dinov2_config(state), state)
+    released, digest = _weights("dinov2", weights)
+    module, variables = _converted(released)
     variables = jax.device_put(variables)
     apply = batched(jax.jit(lambda images: {"features": dinov2.features(module, variables, images)}), batch=32)
     return FeatureNet("DINOv2 ViT, class token", digest, "fd_dinov2", 1.0, lambda images: apply(_rgb(images)))

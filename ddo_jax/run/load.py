@@ -14,7 +14,7 @@ from ddo_jax import convert, files, sharding
 from ddo_jax.convert import names
 from ddo_jax.convert.inert import UnsafeOrDamaged
 from ddo_jax.errors import UserError
-from ddo_jax.families import from_released, get_family
+from ddo_jax.families import FAMILIES, from_released, get_family
 from ddo_jax.families.base import Family
 from ddo_jax.run import config as configs
 from ddo_jax.run import state
@@ -52,8 +52,8 @@ def find(what: str) -> Ours | convert.Released:
         released = convert.read(local)
     except UnsafeOrDamaged as e:
         raise UserError(str(e)) from None
-    if released.kind is None:
-        raise UserError(f"{local}: not a network of a kind that can be used; allowed: {', '.join(convert.KINDS)}")
+    if released.kind not in FAMILIES:
+        raise UserError(f"{local}: not a generator of a kind that can be used; allowed: {', '.join(FAMILIES)}")
     return released
 
 

@@ -260,3 +260,17 @@ def test_the_released_configurations_are_inferred(tmp_path):
         shapes = layout("edm", config)
         inferred = infer_edm({k: np.broadcast_to(np.float32(0), v) for k, v in shapes.items()})
         assert from_config(inferred | {"dropout": config["dropout"]}) == from_config(config), name
+
+
+def test_feature_networks_are_recognised(tmp_path):
+    """Breaks if the metrics' networks need a flag, or DINOv2's size is not read off its shapes."""
+    from ddo_jax.convert import layout, safetensors
+
+    for kind, config in (
+        ("inception", {"naming": "torch"}),
+        ("dinov2", {"embed_dim": 128, "depth": 1, "num_heads": 2, "patch_size": 14, "img_size": 28}),
+    ):
+        state = {name: np.zeros(shape, np.float32) for name, shape in layout(kind, config).items()}
+        (tmp_path / kind).write_bytes(safetensors.dumps(state))
+        released = read(tmp_path / kind)
+        assert (released.kind, released.config) == (kind, config)
