@@ -16,6 +16,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
+from ddo_jax.convert.coverage import check
 from ddo_jax.models.dinov2 import DINOv2
 
 # Order of a state dict
@@ -75,18 +76,6 @@ def layout(config: dict):
         raise ValueError(f"config of DINOv2: {e}") from None
 
 
-def _check(seen: dict, expected: dict):
-    """One line for the first key that is missing, unknown or of another shape."""
-    for name, shape in expected.items():
-        if name not in seen:
-            raise ValueError(f"{name}: missing; expected shape {list(shape)}")
-        if tuple(seen[name].shape) != shape:
-            raise ValueError(f"{name}: shape {list(seen[name].shape)}; expected {list(shape)}")
-    if unknown := [name for name in seen if name not in expected]:
-        shape = list(seen[unknown[0]].shape)
-        raise ValueError(f"{unknown[0]}: shape {shape}; this configuration has no such parameter")
-
-
 def from_torch(config: dict, state_dict: dict):
     """(DINOv2, variables) of a released network; contiguous NumPy arrays of unchanged dtype.
 
@@ -98,7 +87,7 @@ def from_torch(config: dict, state_dict: dict):
     """
     module, expected = layout(config)
     state = {name: np.asarray(v) for name, v in state_dict.items()}
-    _check(state, expected)
+    check(state, expected)
     flat = {
         _path(name): np.ascontiguousarray(state[name].transpose(np.argsort(_axes(name, len(shape)))))
         for name, shape in expected.items()
@@ -115,5 +104,5 @@ def to_torch(config: dict, variables: dict) -> dict:
         if _path(name) != path:
             name = "/".join(path)  # not one of ours: to be named below as it is
         seen[name] = np.ascontiguousarray(v.transpose(_axes(name, v.ndim)))
-    _check(seen, expected)
+    check(seen, expected)
     return {name: seen[name] for name in expected}

@@ -18,6 +18,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
+from ddo_jax.convert.coverage import check
 from ddo_jax.models.edm import ADM, SongUNet, from_config
 
 # Order of a state dict (section 7). ADM has its map_label after the layers.
@@ -90,18 +91,6 @@ def layout(config: dict):
     return _layout(json.dumps(config, sort_keys=True, default=lambda v: v.tolist()))  # tolist: NumPy numbers
 
 
-def _check(seen: dict, expected: dict):
-    """One line for the first key that is missing, unknown or of another shape."""
-    for name, shape in expected.items():
-        if name not in seen:
-            raise ValueError(f"{name}: missing; expected shape {list(shape)}")
-        if tuple(seen[name].shape) != shape:
-            raise ValueError(f"{name}: shape {list(seen[name].shape)}; expected {list(shape)}")
-    if unknown := [name for name in seen if name not in expected]:
-        shape = list(seen[unknown[0]].shape)
-        raise ValueError(f"{unknown[0]}: shape {shape}; this configuration has no such parameter")
-
-
 def from_torch(config: dict, state_dict: dict):
     """(EDMPrecond, variables) of a released network; contiguous NumPy arrays of unchanged dtype.
 
@@ -109,7 +98,7 @@ def from_torch(config: dict, state_dict: dict):
         config: constructor arguments as the released file records them. state_dict: {released name: array}.
     """
     module, expected, filt = layout(config)
-    _check(state_dict, expected)
+    check(state_dict, expected)
     flat = {}
     for name in expected:
         v = np.asarray(state_dict[name])
@@ -130,5 +119,5 @@ def to_torch(config: dict, variables: dict) -> dict:
         v = np.asarray(v)
         axes = _TO_TORCH.get(v.ndim, range(v.ndim))
         seen[ours.get(path, "/".join(path))] = np.ascontiguousarray(v.transpose(axes))
-    _check(seen, expected)
+    check(seen, expected)
     return {name: seen[name] for name in expected}
