@@ -21,9 +21,15 @@ from ddo_jax.core import frechet
 from ddo_jax.models import dinov2, inception
 
 
+def parameter_shapes(module, side: int) -> dict:
+    """{"params": shapes} of a network of side x side images (what it sows beside them is left out)."""
+    x = np.zeros((1, side, side, 3), np.float32)
+    return {"params": jax.eval_shape(module.init, jax.random.key(0), x)["params"]}
+
+
 def random_inception(path: Path) -> None:
     """A file with the released names; gains that keep activations alive through 94 layers."""
-    shapes = jax.eval_shape(inception.Inception().init, jax.random.key(0), np.zeros((1, 299, 299, 3), np.float32))
+    shapes = parameter_shapes(inception.Inception(), 299)
     generator = np.random.default_rng(0)
 
     def draw(path, x):
@@ -79,12 +85,10 @@ def end_to_end(images: int) -> None:
 
 def main(images: int) -> None:
     distances()
-    shapes = jax.eval_shape(inception.Inception().init, jax.random.key(0), np.zeros((1, 299, 299, 3), np.float32))
-    variables = jax.tree.map(lambda x: np.full(x.shape, 0.01, np.float32), shapes)
+    variables = jax.tree.map(lambda x: np.full(x.shape, 0.01, np.float32), parameter_shapes(inception.Inception(), 299))
     throughput("inception", jax.jit(lambda x: inception.features(variables, x)["pool3"]), (64, 64, 3))
     module = dinov2.DINOv2(**dinov2.RELEASED["dinov2_vitl14"])
-    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))
-    weights = {"params": jax.tree.map(lambda x: np.full(x.shape, 0.01, np.float32), shapes["params"])}
+    weights = jax.tree.map(lambda x: np.full(x.shape, 0.01, np.float32), parameter_shapes(module, 224))
     program = jax.jit(lambda w, x: dinov2.features(module, w, x))
     throughput("dinov2", lambda x: program(weights, x), (64, 64, 3), batches=(1, 16))
     report("metrics/memory", peak_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))

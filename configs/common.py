@@ -18,21 +18,21 @@ def edm_cifar10(name: str, released: str, label_dim: int, rounds: int):
     config = base()
     config.name = name
     config.init = released
-    config.data.update(name="tfds:cifar10", split="train", holdout="test", augment=0.12)  # EDM
+    config.data.update(name="tfds:cifar10", split="train", holdout="", augment=0.12)  # EDM
     config.model.update(arch="SongUNet", img_resolution=32, img_channels=3, label_dim=label_dim)
     with config.unlocked():
         config.model.update(  # EDM: 55.7 million parameters
             augment_dim=9,
             model_channels=128,
-            channel_mult=[2, 2, 2],
+            channel_mult=(2, 2, 2),
             num_blocks=4,
-            attn_resolutions=[16],
+            attn_resolutions=(16,),
             dropout=0.13,
             embedding_type="positional",
             channel_mult_noise=1,
             encoder_type="standard",
             decoder_type="standard",
-            resample_filter=[1, 1],
+            resample_filter=(1, 1),
         )
     config.sampler.num_steps = 18  # EDM: 35 NFE
 
@@ -94,9 +94,9 @@ def runlocal(config) -> None:
     config.init = "scratch"
     config.data.update(name="digits", split="train", holdout="test")
     config.model.update(
-        img_resolution=8, img_channels=1, label_dim=10 if config.model.label_dim else 0, levels=17, channel_mult=[1]
+        img_resolution=8, img_channels=1, label_dim=10 if config.model.label_dim else 0, levels=17, channel_mult=(1,)
     )  # one level: compilation is most of the minute
-    config.model.update(model_channels=16, num_blocks=1, attn_resolutions=[8])
+    config.model.update(model_channels=16, num_blocks=1, attn_resolutions=(8,))
     config.sampler.update(num_steps=6)
     for phase in ("pretrain", "ddo"):
         c = config[phase]

@@ -110,9 +110,9 @@ def unet(config):
     with config.unlocked():
         del model.width, model.blocks
         model.model_channels = 32
-        model.channel_mult = [1, 2]
+        model.channel_mult = (1, 2)
         model.num_blocks = 1
-        model.attn_resolutions = [4]
+        model.attn_resolutions = (4,)
         model.dropout = 0.0
     model.arch = "SongUNet"
     config.name += ", small DDPM++"

@@ -3,7 +3,7 @@
     python -m ddo_jax.main --config=configs/edm_in64_adm.py --workdir=DIR
 
 The DDO paper has no row for this network: rounds, learning rate and noise levels are taken over from its EDM2-S
-ImageNet-64 column and untested. NOT RUN here (no weights, no accelerator).
+ImageNet-64 column (constant rate, one P_std) and untested. NOT RUN here (no weights, no accelerator).
 
 Variants: `:search`, `:from_scratch` EDM's own pretraining first, `:released` scores the base weights (1.36 is to be
 reproduced), `:runlocal` under a minute on a CPU.
@@ -23,9 +23,9 @@ def get_config(variant: str = ""):
     config.model.update(arch="DhariwalUNet", img_resolution=64, img_channels=3, label_dim=1000)
     with config.unlocked():
         config.model.update(  # EDM: 295.9 million parameters
-            augment_dim=0, model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3, dropout=0.10
+            augment_dim=0, model_channels=192, channel_mult=(1, 2, 3, 4), num_blocks=3, dropout=0.10
         )
-        config.model.attn_resolutions = [32, 16, 8]
+        config.model.attn_resolutions = (32, 16, 8)
     config.sampler.update(num_steps=256, s_churn=40.0, s_min=0.05, s_max=50.0, s_noise=1.003)  # EDM: 511 NFE
 
     pretrain = config.pretrain  # EDM, which trained in float16 with loss scaling; here float32

@@ -57,6 +57,13 @@ def create_exclusive(path: epath.PathLike, data: bytes) -> bool:
         return True
     except FileExistsError:
         return False
+    except OSError:  # a file system without hard links: exclusive, though a reader may see it before its content
+        try:
+            with open(path, "xb") as f:
+                f.write(data)
+            return True
+        except FileExistsError:
+            return False
     finally:
         temporary.unlink()
 

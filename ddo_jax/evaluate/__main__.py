@@ -111,7 +111,12 @@ def checkpoint_jobs(args) -> list[Job]:
     from ddo_jax.run import load, prepare, sampling
 
     ranges = args.seeds or ["0-49999"]
-    seeds = [sampling.parse_seeds(text)[: args.num] for text in ranges]
+    seeds = [sampling.parse_seeds(text) for text in ranges]
+    if args.num and (short := [t for t, s in zip(ranges, seeds, strict=True) if len(s) < args.num]):
+        raise UserError(f"--num: {args.num}, but --seeds={short[0]} has fewer")
+    if args.num:
+        seeds = [s[: args.num] for s in seeds]
+        ranges = [f"{s[0]}-{s[-1]}" for s in seeds]
     given = {name: getattr(args, name) for name in SAMPLER if getattr(args, name) is not None}
     found = load.find(args.checkpoint)
     family = load.family_of(found, **{"eval.dtype": args.dtype, "precision": args.precision})

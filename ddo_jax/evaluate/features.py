@@ -45,7 +45,9 @@ class FeatureNet:
         >>> FeatureNet("", "", "fid", 1.0, dict).named(5000), FeatureNet("", "", "fid", 1.0, dict).named(50_000)
         ('fid5k', 'fid')
         """
-        return self.metric if self.metric != "fid" or num >= 50_000 else f"fid{num / 1000:g}k"
+        if num >= 50_000 or self.metric not in ("fid", "fd_dinov2"):
+            return self.metric
+        return f"{self.metric}{'_' if self.metric[-1].isdigit() else ''}{num / 1000:g}k"
 
 
 def batched(program: Callable, batch: int) -> Callable[[np.ndarray], Vectors]:

@@ -101,7 +101,12 @@ class Checkpoints:
                 print(
                     f"warning: checkpoint {self.directory}/{step} is damaged ({_reason(e)}): skipped", file=sys.stderr
                 )
-                self._manager.delete(step)
+                self._damaged.add(step)  # replaced when its step is saved again, not before: it may be a passing fault
+        if self._damaged:
+            raise UserError(
+                f"{self.directory}: none of the {len(self._damaged)} checkpoints can be read; if the disk is well, "
+                f"remove {self.directory.parent} to train this phase anew"
+            )
         return None
 
 
@@ -142,6 +147,6 @@ def restore_ema(directory: epath.PathLike, step: int | None, abstract):
         except Exception as e:
             raise UserError(
                 f"{directory}/{step}: {_reason(e)}; the checkpoint is damaged or of another network: "
-                "remove the candidate's directory and start again, or take another checkpoint"
+                "take another checkpoint, or remove this round's directory (and later ones) to play it again"
             ) from None
         return restored["state"]["ema"]

@@ -217,6 +217,7 @@ def _check_grids(config) -> None:
             ok = isinstance(value, int | float) and 0 < value < math.inf
             _require(ok, f"ddo.{key}", value, "finite numbers above 0, as in --config.ddo.alpha='(2.0, 4.0)'")
     if config.control.enabled:
+        _require(config.control.factor >= 1, "control.factor", config.control.factor, "at least 1")
         lrs = config.control.lrs
         ok = len(lrs) > 0 and all(isinstance(lr, int | float) and 0 < lr < math.inf for lr in lrs)
         _require(ok, "control.lrs", lrs, "finite numbers above 0")
@@ -237,7 +238,9 @@ def validate(config, devices: int) -> None:
     for phase in ("pretrain", "ddo", "control"):
         _check_phase(config, phase)
     _check_grids(config)
-    _require(config.seed >= 0, "seed", config.seed, "0 or more")
+    _require(0 <= config.seed < 2**31, "seed", config.seed, "0 or more, below 2^31")
+    _require(config.lease_s >= 10, "lease_s", config.lease_s, "at least 10")
+    _require(2 <= config.model.levels <= 256, "model.levels", config.model.levels, "2 to 256")
     _require(config.ddo.rounds >= 0, "ddo.rounds", config.ddo.rounds, "0 or more")
     needed = ["ddo.length", "ddo.eval_every"] if config.ddo.rounds else []  # evaluations select the best
     needed += ["control.eval_every"] if config.ddo.rounds and config.control.enabled else []

@@ -4,9 +4,11 @@ WHAT is a workdir, a phase's or checkpoint directory of ours, a released .pkl/.p
 name ("edm-cifar10-uncond-vp-ddo"), hf://owner/repository/file, gs://... or https://...
 """
 
+import zlib
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -69,6 +71,20 @@ def _find_ours(path: epath.Path) -> Ours:
         if config is not None and path.exists():
             return Ours(ConfigDict(config), path, step, parent)
     raise UserError(f"{what}: no finished run (no {path} with a config.json above it); is it still training?")
+
+
+def fingerprint(what: str) -> str:
+    """Eight hex digits that change with the weights behind WHAT: of the file, or of a checkpoint's digests."""
+    found = find(what)
+    if isinstance(found, Ours):
+        steps = [int(p.name) for p in found.checkpoints.iterdir() if p.name.isdigit()]
+        step = max(steps) if found.step is None else found.step
+        content = (found.checkpoints / str(step) / "meta" / "metadata").read_bytes()
+        return f"{zlib.crc32(content):08x}"
+    crc = 0
+    for name, array in found.state_dict.items():
+        crc = zlib.crc32(np.ascontiguousarray(array), zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
 
 
 def save_frozen(root: epath.Path, frozen) -> None:

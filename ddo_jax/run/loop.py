@@ -91,11 +91,17 @@ def summary(totals, images_per_s: float, lr: float) -> dict[str, float]:
     return {k: float(v) for k, v in out.items()}
 
 
+class Diverged(UserError):
+    """A loss or gradient that is not finite; `evals` holds the evaluations before it."""
+
+    evals: list[dict] = []
+
+
 def check_finite(scalars: dict[str, float], phase: str, first: int, last: int) -> None:
     """Stop before anything is overwritten: the newest checkpoint is older than `first`."""
     bad = [k for k, v in scalars.items() if not math.isfinite(v)]
     if bad:
-        raise UserError(
+        raise Diverged(
             f"{phase}: {bad[0]} is {scalars[bad[0]]} between steps {first} and {last}; no checkpoint was "
             "overwritten. Lower the learning rate or beta (in a new workdir), or check the data"
         )
@@ -124,7 +130,11 @@ def train(phase: Phase, tools: Tools) -> dict:
         restored, meta = checkpoints.restore_latest(shapes) or (None, {"evals": [], "step": 0})
         loop = _Loop(phase, tools, checkpoints, meta["evals"], meta["step"])
         with contextlib.closing(loop.log):
-            return loop.run(fresh() if restored is None else restored)
+            try:
+                return loop.run(fresh() if restored is None else restored)
+            except Diverged as e:
+                e.evals = loop.evals
+                raise
 
 
 class _Loop:

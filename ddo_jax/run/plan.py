@@ -7,9 +7,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ddo_jax import sharding
+from ddo_jax.data import sources
+from ddo_jax.errors import UserError
+from ddo_jax.evaluate import features
 from ddo_jax.run import config as configs
-from ddo_jax.run import state
-from ddo_jax.run.prepare import check
+from ddo_jax.run import load, state
+from ddo_jax.run.prepare import check_network
 
 
 def human(number: float, unit: str = "") -> str:
@@ -53,8 +56,9 @@ def plan(config: ConfigDict, workdir: str) -> str:
       UserError: the config cannot run.
     """
     devices = jax.devices()
-    checked = check(config)
-    family, settings, data, mesh = checked.family, checked.settings, checked.data, checked.mesh
+    family, settings, mesh = check_network(config)
+    found = at_hand(config)
+    images = found["data"][1]
     params, frozen = jax.eval_shape(family.init, jax.random.key(0))
     training = jax.eval_shape(lambda p: state.new_state(p, state.optimizer(config.ddo)), params)
     flops = forward_flops(family, params, frozen)
@@ -70,12 +74,38 @@ def plan(config: ConfigDict, workdir: str) -> str:
         "for the reference, as much again for gradients; activations come on top",
         f"forward      {human(flops, 'FLOP')} per image; a DDO step {human(8 * flops * config.ddo.batch, 'FLOP')}, "
         f"an image sampled {human(family.nfe(settings) * flops, 'FLOP')} ({family.nfe(settings)} NFE)",
-        f"data         {data.name}, {len(data):,} images, {data.num_classes} classes, CRC {data.fingerprint}",
+        *(f"{name:<12} {text}" for name, (text, _) in found.items()),
         "plan",
-        _indent("\n".join(_phases(config, len(data)))),
+        _indent("\n".join(_phases(config, images))),
         f"disk         {human(_disk(config, family, params), 'B')} at most at a time in the workdir",
     ]
     return "\n".join(sections)
+
+
+def at_hand(config) -> dict[str, tuple[str, int]]:
+    """{input: (what it is or where to get it, number of images)}: a plan needs no file, a run needs them all."""
+
+    def data():
+        source = sources.open_source(config.data.name, config.data.split, config.data.dir)
+        text = f"{source.name}, {len(source):,} images, {source.num_classes} classes, CRC {source.fingerprint}"
+        return text, len(source)
+
+    def scores():
+        features.check(config.eval.network, config.eval.weights)
+        return f"{config.eval.network}, at hand", 0
+
+    def start():
+        load.find(config.init)
+        return f"{config.init}, at hand", 0
+
+    wanted = {"data": data, "scores": scores} | ({} if config.init == "scratch" else {"start": start})
+    found = {}
+    for name, look in wanted.items():
+        try:
+            found[name] = look()
+        except UserError as e:
+            found[name] = f"NOT AT HAND: {e}", 1
+    return found
 
 
 def _indent(text: str) -> str:
@@ -98,10 +128,11 @@ def _phases(config, examples: int) -> list[str]:
     if config.ddo.rounds:
         total = _length(config, "ddo", examples, "length")
         every = _length(config, "ddo", examples, "eval_every")
+        judged = config.eval.select_num or config.eval.num
         evaluations = 1 + grid * (math.ceil(total / every) if every else 0)
         lines.append(
             f"{config.ddo.rounds} rounds     {config.ddo.pool} fakes, then {grid} candidates of {total} steps of "
-            f"{config.ddo.batch} + {config.ddo.batch} images; {evaluations} evaluations of {config.eval.num} images"
+            f"{config.ddo.batch} + {config.ddo.batch} images; {evaluations} evaluations of {judged} images"
         )
         if config.control.enabled:
             steps = config.control.factor * config.ddo.rounds * total
@@ -111,10 +142,11 @@ def _phases(config, examples: int) -> list[str]:
 
 
 def _disk(config, family, params) -> float:
-    """Checkpoints (latest two and best, of all candidates of a round) and the pool."""
+    """Checkpoints (latest two and best of all candidates of a round, one of every older round), pool, best/."""
     grid = max(1, len(config.ddo.alpha) * len(config.ddo.beta))
     pool = config.ddo.pool * math.prod(family.image_shape)
     state_bytes = 4 * 4 * state.parameter_count(params)
-    rounds = config.ddo.rounds if config.keep == "all" else 1
-    controls = len(config.control.lrs) if config.control.enabled else 0
-    return rounds * (pool + 3 * grid * state_bytes) + 3 * (1 + controls) * state_bytes
+    rounds = config.ddo.rounds if config.keep == "all" else min(config.ddo.rounds, 1)
+    kept = config.ddo.rounds - rounds
+    others = 3 * (len(config.control.lrs) if config.control.enabled else 0) + 3 * (config.init == "scratch")
+    return rounds * (pool + 3 * grid * state_bytes) + (kept + others + 0.5) * state_bytes

@@ -158,19 +158,53 @@ class Checked(NamedTuple):
     init: Any
 
 
+def check_network(config):
+    """(family, sampler settings, mesh) of a valid config; reads no file.
+
+    Raises:
+      UserError: see `config.validate`; or arguments that give no network.
+    """
+    configs.validate(config, len(jax.devices()))
+    family = get_family(config)
+    try:
+        jax.eval_shape(family.init, jax.random.key(0))
+    except (TypeError, ValueError, ZeroDivisionError) as e:
+        raise UserError(f"config.model: {str(e).splitlines()[0]}") from None
+    return family, family.settings(config.sampler), sharding.make_mesh(config.mesh.fsdp)
+
+
+def check_inputs(workdir: epath.Path, inputs: dict[str, str]) -> None:
+    """Refuse to continue on other data or weights than the work already done.
+
+    Args:
+      inputs: {what: fingerprint}.
+
+    Raises:
+      UserError: shows what changed.
+    """
+    have = files.read_json(workdir / "inputs.json")
+    changed = [f"{k}: {have.get(k)} -> {v}" for k, v in inputs.items() if have.get(k) != v] if have else []
+    if changed:
+        raise UserError(
+            f"workdir {workdir} was made from other inputs ({'; '.join(changed)}); "
+            "take another --workdir, or put them back"
+        )
+    if have is None and jax.process_index() == 0:
+        files.write_json(workdir / "inputs.json", inputs)
+
+
 def check(config) -> Checked:
     """Everything that can be refused before the workdir is touched.
 
     Raises:
       UserError: see `config.validate`, `sources.open_source`, `check_data`, `load.find`.
     """
-    configs.validate(config, len(jax.devices()))
-    family = get_family(config)
-    settings = family.settings(config.sampler)
+    family, settings, mesh = check_network(config)
+    if config.eval.network == "digits" and config.data.name != "digits":
+        raise UserError(f"config.eval.network: 'digits' judges digits only, not {config.data.name}; allowed: inception")
     features.check(config.eval.network, config.eval.weights)
     if config.eval.reference and not epath.Path(config.eval.reference).exists():
         raise UserError(f"config.eval.reference: {config.eval.reference}: no such file; unset it to compute statistics")
-    mesh = sharding.make_mesh(config.mesh.fsdp)
     init = None if config.init == "scratch" else load.find(config.init)
     data = sources.open_source(config.data.name, config.data.split, config.data.dir)
     check_data(config, family, data)
@@ -192,6 +226,7 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.
     else:
         frozen = load.initial_frozen(family, mesh, config.seed)
     workdir = open_workdir(config, workdir)
+    check_inputs(workdir, {"data": data.fingerprint, "start": "scratch" if params is None else weights_digest(params)})
     load.save_frozen(workdir, frozen)
     sampler = score.make_sampler(family, settings, mesh, config.eval.batch)
     evaluate, metric = make_evaluator(config, workdir, family, frozen, sampler, settings, data)

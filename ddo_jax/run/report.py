@@ -17,10 +17,12 @@ NAMES = {"start": "start (pretrained)", "ddo": "after DDO", "control": "control 
 def mean_and_spread(values: list[float]) -> str:
     """
     >>> mean_and_spread([5.0, 5.5, 6.0]), mean_and_spread([0.25])
-    ('5.50 ± 0.50', '0.25')
+    ('5.50 ± 0.50', '0.250')
     """
     mean = statistics.fmean(values)
-    return f"{mean:.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
+    digits = 2 if abs(mean) >= 1 else 3
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{spread}"
 
 
 def numbers(record: dict) -> dict[str, float]:
@@ -51,11 +53,11 @@ def protocol_table(scores: dict[str, dict], rounds: list[dict]) -> str:
         for e in s["evals"]:
             if "protocol" in e:
                 p = e["protocol"]
-                rows.append([NAMES.get(system, system), e["phase"], e["step"], _seeds(p), p["weights"]])
+                rows.append([NAMES.get(system, system), e["phase"], e["step"], p["n_samples"], _seeds(p), p["weights"]])
     for r in rounds:
         p = r["protocol"]
-        rows.append([f"selected in round {r['round']}", r["phase"], r["step"], _seeds(p), p["weights"]])
-    return table(["number", "from", "step", "seeds", "weights"], rows)
+        rows.append([f"selected in round {r['round']}", r["phase"], r["step"], p["n_samples"], _seeds(p), p["weights"]])
+    return table(["number", "from", "step", "images", "seeds", "weights"], rows)
 
 
 def _seeds(protocol: dict) -> str:
@@ -65,7 +67,7 @@ def _seeds(protocol: dict) -> str:
 
 def shared_protocol(scores: dict[str, dict]) -> str:
     p = dict(scores["start"]["evals"][0]["protocol"])
-    for own in ("purpose", "seeds", "weights", "time"):
+    for own in ("purpose", "seeds", "weights", "time", "n_samples"):
         p.pop(own)
     return "\n".join(f"* {k}: {json.dumps(v) if isinstance(v, dict) else v}" for k, v in p.items())
 
@@ -153,7 +155,8 @@ def _text(config, scores, rounds, pictures: list[str]) -> str:
         f"Mean ± standard deviation over {config.eval.report_seeds} ranges of sampling seeds that chose nothing. "
         f"`{scores['start']['evals'][0]['metric']}` is the Fréchet distance to the training images (lower is better), "
         "`accuracy` the share of images that the feature network puts into their own class, the last column the mean "
-        "distance of an image to its nearest training image (far below that of held-out images would mean copying).",
+        "distance of an image to its nearest training image, of up to 10,000 (far below that of held-out images would "
+        "mean copying).",
     ]
     if config.remark:
         parts.append(config.remark)

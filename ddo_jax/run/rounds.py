@@ -17,6 +17,7 @@ from etils import epath
 from ddo_jax import files, sharding
 from ddo_jax.data import pool as pools
 from ddo_jax.data.pipeline import batches
+from ddo_jax.errors import UserError
 from ddo_jax.evaluate import score
 from ddo_jax.run import config as configs
 from ddo_jax.run import loop, record, search, state, step
@@ -194,8 +195,26 @@ def ratios(setup: Setup, directory: epath.Path, best: dict, ref, fakes, num: int
 
 
 def best_candidate(setup: Setup, candidates: list[loop.Phase]) -> dict:
-    """Train all candidates; the best evaluation of all, with the candidate's name."""
-    results = divide(setup, [search.Task(p.directory, lambda p=p: loop.train(p, setup.tools)) for p in candidates])
+    """Train all candidates; the best evaluation of all, with the candidate's name.
+
+    One of several candidates may diverge: it is said, and the others go on.
+
+    Raises:
+      UserError: no candidate was evaluated.
+    """
+
+    def run(p):
+        try:
+            return loop.train(p, setup.tools)
+        except loop.Diverged as e:
+            if len(candidates) == 1:
+                raise
+            setup.tools.console.line(f"{e}; the other candidates go on")
+            return {"steps": p.total, "images": p.total * p.config.batch, "evals": e.evals, "failed": str(e)}
+
+    results = divide(setup, [search.Task(p.directory, lambda p=p: run(p)) for p in candidates])
+    if not any(r["evals"] for r in results):
+        raise UserError(f"{candidates[0].name} and all other candidates diverged; lower lr or beta in a new workdir")
     evals = [{"candidate": p.directory.name, **e} for p, r in zip(candidates, results, strict=True) for e in r["evals"]]
     return loop.best_of(evals, setup.tools.metric)
 

@@ -125,16 +125,40 @@ def png_path(out: epath.Path, seed: int, subdirs: bool) -> epath.Path:
     return folder / f"{seed:06d}.png"
 
 
+def full_range(images: np.ndarray, levels: int) -> np.ndarray:
+    """Fewer than 256 grey levels are spread over 0..255, as every file of images has them."""
+    return images if levels == 256 else np.round(images * (255 / (levels - 1))).astype(np.uint8)
+
+
 def encode(image: np.ndarray, levels: int) -> bytes:
-    """PNG of one image; fewer than 256 grey levels are spread over 0..255."""
-    full = image if levels == 256 else np.round(image * (255 / (levels - 1))).astype(np.uint8)
+    """PNG of one image."""
+    full = full_range(image, levels)
     buffer = io.BytesIO()
     Image.fromarray(full.squeeze(-1) if full.shape[-1] == 1 else full).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
+def same_request(request: Request, out: epath.Path) -> None:
+    """Keep what a folder was made with; a folder does not mix models, settings or label rules.
+
+    Raises:
+      UserError: the folder was made with another request (the difference is shown).
+    """
+    wanted = {k: v for k, v in request._asdict().items() if k not in ("seeds", "batch")}
+    wanted["weights"] = load.fingerprint(request.checkpoint)
+    if request.labels == "balanced":  # labels go by the position in the list of seeds
+        wanted["first_seed"] = int(request.seeds[0])
+    have = files.read_json(out / "request.json")
+    if have is not None and have != wanted:
+        changed = [f"{k}: {have.get(k)} -> {wanted.get(k)}" for k in {**have, **wanted} if have.get(k) != wanted.get(k)]
+        raise UserError(f"--out: {out} was made with another request ({'; '.join(changed)}); take another folder")
+    if have is None and jax.process_index() == 0:
+        files.write_json(out / "request.json", wanted)
+
+
 def to_folder(request: Request, out: epath.Path, subdirs: bool) -> int:
     """Write PNGs named by seed; those that exist are kept. The number written."""
+    same_request(request, out)
     pieces, levels = generate(request, skip=lambda seed: png_path(out, seed, subdirs).exists())
     written = 0
     for seeds, _, images in tqdm(pieces, "batches", disable=None):
@@ -153,7 +177,7 @@ def to_npz(request: Request, out: epath.Path) -> int:
     parts = list(tqdm(pieces, "batches", disable=None))
     seeds, labels, images = (np.concatenate(x) for x in zip(*parts, strict=True))
     buffer = io.BytesIO()
-    np.savez(buffer, arr_0=images, labels=labels, seeds=seeds)
+    np.savez(buffer, arr_0=full_range(images, levels), labels=labels, seeds=seeds)
     if jax.process_index() == 0:
         files.write_bytes(out, buffer.getvalue())
     return len(seeds)

@@ -108,12 +108,18 @@ def divide(tasks: list[Task], lease_s: float, poll_s: float = 5.0, waiting=lambd
                 continue
             if not sharding.agree((task.directory / "result.json").exists()):
                 _perform(task, lead, lease_s)
-            if lead:
+            if lead and _mine(task.directory / "claim.json"):
                 (task.directory / "claim.json").unlink(missing_ok=True)
             worked = True
         if not worked:
             waiting(f"waiting for {len(open_tasks)} tasks of other jobs: {open_tasks[0].directory.name} ...")
             time.sleep(poll_s)
+
+
+def _mine(path: epath.Path) -> bool:
+    """Whether the claim is still this job's: a job that was stopped for longer than the lease may have lost it."""
+    claim = files.read_json(path)
+    return claim is not None and claim["job"] == JOB
 
 
 @contextlib.contextmanager
@@ -122,7 +128,7 @@ def heartbeat(directory: epath.Path, lease_s: float):
     over = threading.Event()
 
     def beat():
-        while not over.wait(lease_s / 4):
+        while not over.wait(lease_s / 4) and _mine(directory / "claim.json"):
             files.write_bytes(directory / "claim.json", _content())
 
     thread = threading.Thread(target=beat, daemon=True)
@@ -137,5 +143,5 @@ def heartbeat(directory: epath.Path, lease_s: float):
 def _perform(task: Task, lead: bool, lease_s: float) -> None:
     with heartbeat(task.directory, lease_s) if lead else contextlib.nullcontext():
         result = task.run()
-    if lead:
+    if lead and _mine(task.directory / "claim.json"):  # else another job took over, and will write its own
         files.write_json(task.directory / "result.json", result)

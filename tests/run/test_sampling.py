@@ -95,10 +95,14 @@ def test_folder_is_continued(released, tmp_path, capsys):
     sample.main([*flags, "--seeds=0-6"])
     assert "2 images written" in capsys.readouterr().out
     assert kept.stat().st_mtime_ns == before
-    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    names = sorted(p.name for p in (tmp_path / "out").glob("*.png"))
     assert names == [f"{seed:06d}.png" for seed in range(7)]
     with Image.open(kept) as image:
         assert image.size == (16, 16) and image.mode == "RGB"
+    with pytest.raises(SystemExit):  # a folder does not mix settings
+        sample.main([f"--checkpoint={released}", f"--out={tmp_path / 'out'}", "--num_steps=3", "--seeds=0-9"])
+    assert "made with another request (sampler:" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").glob("*.png"))) == 7
 
 
 def test_npz_for_other_evaluators(released, tmp_path):

@@ -149,3 +149,27 @@ def test_interrupted_pruning_is_finished(setup, new_workdir):
     rounds.play_round(own, 0, ref)
     assert not list((own.workdir / "rounds/001/pool").glob("chunk-*"))
     assert not list(own.workdir.glob("rounds/001/*/checkpoints/*"))
+
+
+def test_one_diverging_candidate_does_not_end_the_round(setup, new_workdir, monkeypatch):
+    """Breaks if one alpha, beta of a grid takes the others down, or wins."""
+    train = rounds.loop.train
+
+    def diverging(phase, tools):
+        if phase.directory.name == "a4_b0.1":
+            raise rounds.loop.Diverged("rounds/001/a4_b0.1: loss/real is nan between steps 1 and 2")
+        return train(phase, tools)
+
+    monkeypatch.setattr(rounds.loop, "train", diverging)
+    *_, summary = play(setup, new_workdir("diverging"), lambda _, step: 3.0 - step)
+    assert summary["candidate"] == "a4_b0.2"
+    assert any("the other candidates go on" in line for line in setup.tools.console.lines)
+
+
+def test_other_inputs_are_refused(tmp_path):
+    """Breaks if a workdir continues on other data, or from other weights, under the same names."""
+    workdir = rounds.epath.Path(tmp_path)
+    prepare.check_inputs(workdir, {"data": "a", "start": "scratch"})
+    prepare.check_inputs(workdir, {"data": "a", "start": "scratch"})
+    with pytest.raises(UserError, match="other inputs .data: a -> b.;"):
+        prepare.check_inputs(workdir, {"data": "b", "start": "scratch"})
