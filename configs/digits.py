@@ -3,7 +3,8 @@
     python -m ddo_jax.main --config=configs/digits.py --workdir=runs/digits
 
 Hardware: 2 CPU cores, no accelerator. Expected: FD x 100 to the training images falls from about 14 to
-about 6 by DDO (6.6, 5.6, 5.6 on training seeds 0, 1, 2; chosen on one range of sampling seeds, reported on three others).
+about 6 by DDO (6.6, 5.6, 5.6 on training seeds 0, 1, 2; checkpoints chosen on one range of sampling seeds,
+reported on three others).
 
 Variants: `:runlocal` the same code path in under a minute; `:unet` a small DDPM++ instead of the MLP
 (convolutions are slow on XLA's CPU backend; its full length was not timed).
