@@ -1,4 +1,4 @@
-"""The EDM sampler: Heun's second-order method on the probability-flow ODE, with optional churn.
+"""The EDM sampler: Heun's second-order method on the probability-flow ODE, with optional churn; guidance.
 
     t_i = ( sigma_max^(1/rho) + i/(n-1) (sigma_min^(1/rho) - sigma_max^(1/rho)) )^rho,  i < n;     t_n = 0
     x_hat = x + sqrt(t_hat^2 - t_i^2) s_noise xi                  # churn: t_hat = (1 + gamma) t_i
@@ -6,7 +6,7 @@
     x' = x_hat + (t_{i+1} - t_hat) d                              # Euler; then, except at the last step,
     d' = (x' - D(x'; t_{i+1})) / t_{i+1},   x' = x_hat + (t_{i+1} - t_hat) (d + d') / 2
 
-Reference: Karras et al. 2022, arXiv 2206.00364, algorithms 1 and 2.
+Reference: Karras et al. 2022, arXiv 2206.00364, algorithms 1 and 2; of guidance, see `guided`.
 """
 
 import functools
@@ -32,6 +32,7 @@ class HeunSettings(NamedTuple):
       s_min: churn only where s_min <= t ...
       s_max: ... <= s_max.
       s_noise: factor on the fresh noise.
+      grid: "float64", or "float32" for the grid as EDM2 computes it, up to 1e-6 (relative) away.
 
     Example:
       >>> HeunSettings(num_steps=18).nfe
@@ -46,6 +47,7 @@ class HeunSettings(NamedTuple):
     s_min: float = 0.0
     s_max: float = math.inf
     s_noise: float = 1.0
+    grid: str = "float64"
 
     @property
     def nfe(self) -> int:
@@ -68,16 +70,20 @@ def heun_times(settings: HeunSettings) -> Float64[np.ndarray, "n_plus_1"]:
       settings: HeunSettings.
 
     Returns:
-      [n + 1] NumPy float64: JAX without x64 would round it.
+      [n + 1] NumPy float64: JAX without x64 would round it. With grid = "float32" all values are float32.
 
     Raises:
-      ValueError: num_steps < 2, rho <= 0, or not 0 < sigma_min < sigma_max.
+      ValueError: num_steps < 2, rho <= 0, not 0 < sigma_min < sigma_max, or an unknown grid.
+
+    Numerics:
+      grid = "float32": the ends of the ramp and their difference are rounded, the ramp is float32, its power is
+      taken in float64 and rounded. So t_0 = 79.99998 where sigma_max is 80.
 
     Example:
       >>> print(heun_times(HeunSettings(num_steps=3)).round(4))
       [8.0000e+01 2.5152e+00 2.0000e-03 0.0000e+00]
 
-    Reference: arXiv 2206.00364, equation 5.
+    Reference: arXiv 2206.00364, equation 5; of the float32 grid, specs/edm2.md section 14.
     """
     n, low, high, rho = settings.num_steps, settings.sigma_min, settings.sigma_max, settings.rho
     if n < 2:
@@ -86,9 +92,14 @@ def heun_times(settings: HeunSettings) -> Float64[np.ndarray, "n_plus_1"]:
         raise ValueError(f"sigma_min is {low} and sigma_max is {high}: need 0 < sigma_min < sigma_max")
     if not rho > 0:
         raise ValueError(f"rho is {rho}: it must be > 0")
-    ramp = np.arange(n, dtype=np.float64) / (n - 1)
-    times = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    return np.append(times, 0.0)
+    if settings.grid not in ("float64", "float32"):
+        raise ValueError(f"grid is {settings.grid!r}: allowed are float64, float32")
+    dtype = np.dtype(settings.grid).type
+    start, end = high ** (1 / rho), low ** (1 / rho)
+    ramp = np.arange(n, dtype=dtype) / dtype(n - 1)
+    base = dtype(start) + ramp * dtype(end - start)
+    times = (base.astype(np.float64) ** rho).astype(dtype)
+    return np.append(times.astype(np.float64), 0.0)
 
 
 def heun_schedule(settings: HeunSettings) -> HeunSchedule:
@@ -120,6 +131,44 @@ def heun_schedule(settings: HeunSettings) -> HeunSchedule:
     gamma = min(settings.s_churn / settings.num_steps, math.sqrt(2) - 1)
     t_hat = t + np.where((settings.s_min <= t) & (t <= settings.s_max), gamma, 0.0) * t
     return HeunSchedule(t_hat, t_next, np.sqrt(t_hat**2 - t**2) * settings.s_noise)
+
+
+def guided(denoise: Callable[..., Any], guide: Callable[..., Any] | None, weight: ScalarLike) -> Callable[..., Any]:
+    """A denoiser pushed away from that of a weaker network, for any sampler.
+
+        D_w(x; sigma) = D_guide + w (D - D_guide)
+
+    Args:
+      denoise: `denoise(x [B, ...], sigma [B]) -> D [B, ...]`; its labels are bound already.
+      guide: the same of the guiding network: without labels (classifier-free guidance), or smaller and less
+        trained, with the same labels (autoguidance). None only where weight is 1.
+      weight: w; 1 is `denoise` itself, above 1 guides. A Python number or a traced scalar; at the Python number
+        1 the guide is never called.
+
+    Returns:
+      `denoise(x, sigma) -> D_w`, in the dtype of x.
+
+    Raises:
+      ValueError: no guide for a weight other than 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> d = guided(lambda x, sigma: 3 * x, lambda x, sigma: 2 * x, 1.5)
+      >>> print(d(jnp.ones((1, 2)), jnp.ones(1)))
+      [[3.5 3.5]]
+
+    Reference: Ho & Salimans 2022, arXiv 2207.12598; Karras et al. 2024, arXiv 2406.02507; specs/edm2.md section 14.
+    """
+    if isinstance(weight, int | float) and weight == 1:
+        return denoise
+    if guide is None:
+        raise ValueError(f"the guidance weight is {weight} and guide is None: pass a guide or set the weight to 1")
+
+    def denoise_guided(x, sigma):
+        d, d_guide = denoise(x, sigma).astype(x.dtype), guide(x, sigma).astype(x.dtype)
+        return d_guide + jnp.asarray(weight, x.dtype) * (d - d_guide)
+
+    return denoise_guided
 
 
 def heun_step(

@@ -1,4 +1,7 @@
-"""The EDM sampler against a Gaussian whose ODE has a closed form, and the reference's time grids."""
+"""The EDM sampler against a Gaussian whose ODE has a closed form, and the reference's time grids; guidance.
+
+Golden images: tests/parity/test_edm2_samplers.py.
+"""
 
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 
 from ddo_jax.core.edm import expand
-from ddo_jax.core.samplers import HeunSettings, heun_sample, heun_schedule, heun_step, heun_times
+from ddo_jax.core.samplers import HeunSettings, guided, heun_sample, heun_schedule, heun_step, heun_times
 
 GOLDEN = np.load(Path(__file__).parents[1] / "goldens" / "edm_units.npz")
 RELEASED = {
@@ -81,6 +84,7 @@ def test_churn_only_between_its_limits():
         ({"sigma_min": 90.0}, "sigma_max is 80.0"),
         ({"rho": 0.0}, "rho is 0.0"),
         ({"s_churn": -1.0}, "s_churn is -1.0"),
+        ({"grid": "float16"}, "grid is .float16.: allowed are float64, float32"),
     ],
 )
 def test_bad_settings_are_named(change, message):
@@ -190,3 +194,37 @@ def test_churn_keeps_the_distribution():
         gaussian, x, settings, lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(1), i), x.shape)
     )
     np.testing.assert_allclose([out.mean(), out.std()], [MEAN, STD], atol=0.03)
+
+
+# ---- guidance ----
+
+
+def test_guidance_pushes_away_from_the_guide():
+    main, guide = (lambda x, sigma: 2 * x + expand(sigma, 2)), (lambda x, sigma: x)
+    x, sigma = latents(), jnp.array([1.0, 3.0])
+    for weight in (0.0, 0.5, 1.5, jnp.float32(1.0)):
+        expected = x + float(weight) * (x + sigma[:, None])
+        np.testing.assert_allclose(guided(main, guide, weight)(x, sigma), expected, rtol=1e-6)
+    traced = jax.jit(lambda w: guided(main, guide, w)(x, sigma))
+    np.testing.assert_allclose(traced(1.5), guided(main, guide, 1.5)(x, sigma), rtol=1e-6)
+
+
+def test_weight_1_never_calls_the_guide():
+    def refuse(x, sigma):
+        raise AssertionError("the guide was called")
+
+    settings = HeunSettings(num_steps=3)
+    for weight, guide in ((1, refuse), (1.0, refuse), (1, None)):
+        out = heun_sample(guided(gaussian, guide, weight), latents(), settings)
+        np.testing.assert_array_equal(out, heun_sample(gaussian, latents(), settings))
+    with pytest.raises(AssertionError, match="was called"):
+        heun_sample(guided(gaussian, refuse, 1.5), latents(), settings)
+    with pytest.raises(ValueError, match="weight is 1.5 and guide is None"):
+        guided(gaussian, None, 1.5)
+
+
+def test_guidance_of_half_precision_networks_keeps_the_state():
+    half = lambda x, sigma: gaussian(x, sigma).astype(jnp.bfloat16)  # noqa: E731
+    d = guided(half, half, 2.0)(latents(), jnp.ones(2))
+    assert d.dtype == jnp.float32
+    np.testing.assert_allclose(d, gaussian(latents(), jnp.ones(2)), atol=0.01)
