@@ -1,8 +1,9 @@
-"""`python -m ddo_jax.data SRC DST [--resolution=64] [--crop=center-dhariwal] ...`: make a set of equal images.
+"""`python -m ddo_jax.data [encode] SRC DST [--resolution=64] [--crop=center-dhariwal] ...`: make a set.
 
     python -m ddo_jax.data ~/imagenet/train imagenet-64x64.zip --resolution=64 --crop=center-dhariwal
     python -m ddo_jax.data tfds:cifar10 cifar10-32x32.zip
     python -m ddo_jax.data cifar10-32x32.zip ~/tensorflow_datasets/my_cifar/1.0.0
+    python -m ddo_jax.data encode imagenet-512x512.zip imagenet-512-sd.zip --vae=sd-vae.safetensors
 
 Exit codes: 0 done, 2 something the user can mend (one line says what).
 """
@@ -22,20 +23,12 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors in one line."""
 
     def error(self, message):
-        fail(f"{message}; see python -m ddo_jax.data --help")
+        fail(f"{message}; see {self.prog} --help")
 
 
-def parser() -> Parser:
-    p = Parser(
-        prog="python -m ddo_jax.data",
-        allow_abbrev=False,
-        description="Make a set of equal images from a folder, a zip or a prepared TFDS set. Every image becomes "
-        "RGB (alpha is dropped) and lossless PNG; the order is that of the sorted names.",
-    )
+def add_image_flags(p: Parser) -> None:
+    """SRC, and what is done to its images: the same for both commands."""
     p.add_argument("src", metavar="SRC", help="folder (one subfolder a class, or dataset.json), .zip, or tfds:NAME")
-    p.add_argument(
-        "dst", metavar="DST", help="FILE.zip (EDM's format), or ROOT/NAME/VERSION of an array_record TFDS set"
-    )
     p.add_argument("--resolution", type=int, metavar="N", help="N x N pixels (default: as they are)")
     p.add_argument(
         "--crop",
@@ -48,20 +41,62 @@ def parser() -> Parser:
     p.add_argument("--max_images", type=int, metavar="N", help="only the first N")
     p.add_argument("--split", default="train", help="of SRC: train (default), train[:90%%], with TFDS also test ...")
     p.add_argument("--data_dir", metavar="DIR", help="of TFDS sets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
+
+
+def make_parser() -> Parser:
+    p = Parser(
+        prog="python -m ddo_jax.data",
+        allow_abbrev=False,
+        description="Make a set of equal images from a folder, a zip or a prepared TFDS set. Every image becomes "
+        "RGB (alpha is dropped) and lossless PNG; the order is that of the sorted names.",
+        epilog="python -m ddo_jax.data encode SRC DST --vae=WHAT makes a set of latents instead: see "
+        "python -m ddo_jax.data encode --help (a folder named encode is ./encode).",
+    )
+    add_image_flags(p)
+    p.add_argument(
+        "dst", metavar="DST", help="FILE.zip (EDM's format), or ROOT/NAME/VERSION of an array_record TFDS set"
+    )
+    return p
+
+
+def encode_parser() -> Parser:
+    p = Parser(
+        prog="python -m ddo_jax.data encode",
+        allow_abbrev=False,
+        description="Make EDM2's set of latents: the images of SRC, first made equal as by python -m ddo_jax.data, are "
+        "encoded by an SD-VAE. Mean and standard deviation of the posterior are stored as float32; they are sampled "
+        "when they are used.",
+    )
+    add_image_flags(p)
+    p.add_argument("dst", metavar="DST", help="FILE.zip of 00000/img-mean-std-00000000.npy ... and dataset.json")
+    p.add_argument("--vae", required=True, metavar="WHAT", help="file, known name or hf://owner/repository/file")
+    p.add_argument("--batch", type=int, default=8, metavar="B", help="images at a time (default 8)")
+    p.add_argument(
+        "--precision",
+        default="highest",
+        metavar="HOW",
+        help="of products: highest (default, float32), high, default (TF32 on GPUs, bfloat16 on TPUs)",
+    )
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = vars(parser().parse_args(argv))
-    from ddo_jax.data import make, sources
+    argv = sys.argv[1:] if argv is None else argv
+    encodes = argv[:1] == ["encode"]
+    options = vars(encode_parser().parse_args(argv[1:]) if encodes else make_parser().parse_args(argv))
+    from ddo_jax.data import sources
 
     try:
-        path = make.make(options.pop("src"), options.pop("dst"), **options)
+        if encodes:
+            from ddo_jax.data.encode import encode as work  # only here: it loads Flax
+        else:
+            from ddo_jax.data.make import make as work
+        path = work(options.pop("src"), options.pop("dst"), **options)
         made = sources.open_source(str(path), "train")
     except UserError as e:
         fail(str(e).replace("config.data.name", "SRC"))
-    shape = "x".join(map(str, made.image_shape))
-    print(f"{path}: {len(made)} images of {shape}, {made.num_classes} classes, CRC {made.fingerprint}")
+    shape, kind = "x".join(map(str, made.image_shape)), "latents (mean, std)" if encodes else "images"
+    print(f"{path}: {len(made)} {kind} of {shape}, {made.num_classes} classes, CRC {made.fingerprint}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Images in a zip (EDM's format) or a folder, with labels from dataset.json or from the names of subfolders.
+"""Images or latents in a zip (EDM's format) or a folder, with labels from dataset.json or the names of subfolders.
 
-Order and labels as in specs/edm.md section 14.2: sorted by name, labels looked up by name.
+Order and labels as in specs/edm.md section 14.2 and specs/edm2.md section 11: sorted by name, labels looked up by name.
 """
 
 import json
@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
+from ddo_jax.data import latents
 from ddo_jax.data.images import EXTENSIONS
 from ddo_jax.errors import UserError
 
 LABELS = "dataset.json"
 WHOLE_READ = 2**30  # sets of files up to this size are fingerprinted by their content
-_EDM_NAME = re.compile(r"\d{5}/img\d{8}\.\w+")
+_EDM_NAME = re.compile(r"\d{5}/img(-mean-std-)?\d{8}\.\w+")
 _SPLIT = re.compile(r"train(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
 
@@ -96,33 +97,39 @@ def folder_labels(names: list[str], where: str) -> tuple[np.ndarray, int]:
     return np.array([index[folder] for folder in of_name], np.int32), len(index)
 
 
-def image_names(names: list[str], where: str) -> list[str]:
-    """The images among files, sorted.
+def example_names(names: list[str], where: str, allow_latents: bool) -> tuple[list[str], bool]:
+    """(the images or the latents among files, sorted; whether they are latents).
 
     Raises:
-      UserError: none, or one twice.
+      UserError: none, both, one twice, or latents that are not allowed.
     """
-    found = sorted(n for n in names if n.lower().endswith(EXTENSIONS))
+    images = sorted(n for n in names if n.lower().endswith(EXTENSIONS))
+    arrays = sorted(n for n in names if n.lower().endswith(latents.EXTENSION))
+    if images and arrays:
+        raise UserError(f"{where}: holds both images ({images[0]}) and latents ({arrays[0]}); make a set of each kind")
+    if arrays and not allow_latents:
+        raise UserError(f"{where}: latents ({arrays[0]}), which are not images; known: {' '.join(EXTENSIONS)}")
+    found = images or arrays
     if not found:
-        latents = " (.npy latents are not images)" if any(n.endswith(".npy") for n in names) else ""
-        raise UserError(f"{where}: no images{latents} among {len(names)} files; known: {' '.join(EXTENSIONS)}")
+        known = " ".join([*EXTENSIONS, latents.EXTENSION] if allow_latents else EXTENSIONS)
+        raise UserError(f"{where}: no images among {len(names)} files; known: {known}")
     twice = [a for a, b in zip(found, found[1:], strict=False) if a == b]
     if twice:
         raise UserError(f"{where}: {twice[0]} is in it twice")
-    return found
+    return found, bool(arrays)
 
 
 class ZipRecords:
-    """Encoded images of a zip."""
+    """Encoded images of a zip; with `allow_latents` also latents."""
 
-    def __init__(self, path: Path, split: str):
+    def __init__(self, path: Path, split: str, allow_latents: bool = False):
         self._path = path
         try:
             self._zip = zipfile.ZipFile(path)
         except (OSError, zipfile.BadZipFile) as e:
             raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}; it must be a whole zip of images") from None
         members = self._zip.namelist()
-        names = image_names(members, str(path))
+        names, self.latents = example_names(members, str(path), allow_latents)
         text = self._bytes(LABELS) if LABELS in members else b'{"labels": null}'
         labels, self.num_classes = parse_labels(text, names, f"{path}: {LABELS}")
         self.name = f"zip:{path.name}:{split}"
@@ -153,15 +160,15 @@ class ZipRecords:
 
 
 class FolderRecords:
-    """Encoded images of a folder and its subfolders."""
+    """Encoded images of a folder and its subfolders; with `allow_latents` also latents."""
 
-    def __init__(self, path: Path, split: str):
+    def __init__(self, path: Path, split: str, allow_latents: bool = False):
         self._path = path
         if not path.is_dir():
             raise UserError(f"folder {path}: {'not a folder' if path.exists() else 'does not exist'}")
         walk = os.walk(path, followlinks=True)
         files = [Path(folder, name).relative_to(path).as_posix() for folder, _, names in walk for name in names]
-        names = image_names(files, str(path))
+        names, self.latents = example_names(files, str(path), allow_latents)
         if LABELS in files:
             labels, self.num_classes = parse_labels(self._bytes(LABELS), names, f"{path}/{LABELS}")
         else:

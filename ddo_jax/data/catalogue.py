@@ -45,6 +45,8 @@ def find(name: str, root: epath.Path) -> epath.Path:
 class TfdsRecords:
     """Encoded images of a prepared TFDS set with the features "image" and, if it has classes, "label"."""
 
+    latents = False  # only zips and folders hold them
+
     def __init__(self, name: str, split: str, root: epath.Path):
         import tensorflow_datasets as tfds
 
@@ -57,7 +59,10 @@ class TfdsRecords:
         if file_format != "array_record":
             raise UserError(f"{directory}: prepared as {file_format}; allowed: array_record (random access)")
         if not isinstance(features.get("image"), tfds.features.Image):
-            raise UserError(f"{directory}: features {', '.join(features)}; an Image named 'image' is needed")
+            raise UserError(
+                f"{directory}: features {', '.join(features)}; an Image named 'image' is needed "
+                "(latents are read from zips and folders only)"
+            )
         label = features.get("label")
         self.num_classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else 0
         self.name = f"tfds:{builder.info.full_name}:{split}"

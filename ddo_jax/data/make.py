@@ -3,6 +3,7 @@
 What `python -m ddo_jax.data` does. Nothing is overwritten: the result appears under its name when it is whole.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -85,39 +87,80 @@ def converter(resolution: int | None, crop: str, channels: int) -> Callable[[byt
     return convert
 
 
-def converted(records: sources.Records, n: int, convert) -> Iterator[tuple[np.ndarray, bytes, int]]:
-    """(pixels, PNG, label) of the first n images in order, made in threads.
+class Job(NamedTuple):
+    """What is to be made: the path that will appear, the images, how many of them, what makes them equal."""
+
+    path: Path
+    records: sources.Records
+    n: int
+    convert: Callable[[bytes, str], np.ndarray]
+
+    def shape(self) -> tuple[int, ...]:
+        """(H, W, C) of the first image, which the others must have."""
+        return self.convert(self.records.read([0])[0][0], self.records.where(0)).shape
+
+
+def plan(
+    src: str,
+    dst: str,
+    *,
+    split: str = "train",
+    data_dir: str | None = None,
+    resolution: int | None = None,
+    crop: str = "none",
+    channels: int = 3,
+    max_images: int | None = None,
+) -> Job:
+    """The options of `python -m ddo_jax.data`, checked; nothing is made yet.
+
+    Raises:
+      UserError: an option that is not allowed, a missing or unusable SRC, a DST that exists.
+    """
+    path, convert = target(dst), converter(resolution, crop, channels)
+    if max_images is not None and max_images < 1:
+        raise UserError(f"--max_images={max_images}; allowed: 1 or more")
+    records = sources.open_records(src, split, data_dir)
+    return Job(path, records, min(len(records), max_images or len(records)), convert)
+
+
+def converted(job: Job, finish: Callable[[np.ndarray], Any]) -> Iterator[tuple[Any, int]]:
+    """(finish(pixels), label) of the images in order, made in threads; the progress bar follows who takes them.
 
     Raises:
       UserError: a bad image, or one of another size than the first; it is named.
     """
 
-    def one(i: int, data: bytes, label: int) -> tuple[np.ndarray, bytes, int]:
-        pixels = convert(data, records.where(i))
-        return pixels, images.encode_png(pixels), label
+    def one(i: int, data: bytes, label: int) -> tuple[tuple[int, ...], Any, int]:
+        pixels = job.convert(data, job.records.where(i))
+        return pixels.shape, finish(pixels), label
 
-    shape = None
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-        for start in tqdm(range(0, n, BLOCK), f"{n} images, in {BLOCK}s", disable=None):
-            block = list(range(start, min(start + BLOCK, n)))
-            for i, made in zip(block, threads.map(one, block, *zip(*records.read(block), strict=True)), strict=True):
-                shape = shape or made[0].shape
-                if made[0].shape != shape:
+    wanted = None
+    with (
+        ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads,
+        tqdm(total=job.n, unit="image", disable=None) as bar,
+    ):
+        for start in range(0, job.n, BLOCK):
+            block = list(range(start, min(start + BLOCK, job.n)))
+            made = threads.map(one, block, *zip(*job.records.read(block), strict=True))
+            for i, (shape, result, label) in zip(block, made, strict=True):
+                wanted = wanted or shape
+                if shape != wanted:
                     raise UserError(
-                        f"{records.where(i)}: height, width, channels {made[0].shape}; allowed: {shape} as "
-                        f"{records.where(0)}; set --resolution and --crop"
+                        f"{job.records.where(i)}: height, width, channels {shape}; allowed: {wanted} as "
+                        f"{job.records.where(0)}; set --resolution and --crop"
                     )
-                yield made
+                yield result, label
+                bar.update()
 
 
-def write_zip(path: Path, examples: Iterable[tuple[bytes, int]], num_classes: int) -> None:
-    """EDM's format: stored PNGs 00000/img00000000.png ... in order, then dataset.json with the labels."""
+def write_zip(path: Path, examples: Iterable[tuple[bytes, int]], num_classes: int, name: str = "img{:08d}.png") -> None:
+    """EDM's format: stored files 00000/img00000000.png ... in order, then dataset.json with the labels."""
     labels = []
     with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as archive:
-        for i, (png, label) in enumerate(examples):
-            name = f"{i:08d}"[:5] + f"/img{i:08d}.png"
-            archive.writestr(zipfile.ZipInfo(name), png)  # a fixed date: equal input gives equal bytes
-            labels.append([name, label])
+        for i, (data, label) in enumerate(examples):
+            member = f"{i:08d}"[:5] + "/" + name.format(i)
+            archive.writestr(zipfile.ZipInfo(member), data)  # a fixed date: equal input gives equal bytes
+            labels.append([member, label])
         table = json.dumps({"labels": labels if num_classes else None})
         archive.writestr(zipfile.ZipInfo(archives.LABELS), table)
 
@@ -141,43 +184,19 @@ def target(dst: str) -> Path:
     return path
 
 
-def make(
-    src: str,
-    dst: str,
-    *,
-    split: str = "train",
-    data_dir: str | None = None,
-    resolution: int | None = None,
-    crop: str = "none",
-    channels: int = 3,
-    max_images: int | None = None,
-) -> Path:
-    """Make the set; see `python -m ddo_jax.data --help`.
-
-    Returns:
-      Its path, as `sources.open_source` takes it.
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Where to write what appears as `path` when the block ends well; nothing is left behind when it does not.
 
     Raises:
-      UserError: what a user can mend; nothing is left behind.
+      UserError: cannot be written, or somebody else made `path` meanwhile.
     """
-    path, convert = target(dst), converter(resolution, crop, channels)
-    if max_images is not None and max_images < 1:
-        raise UserError(f"--max_images={max_images}; allowed: 1 or more")
-    records = sources.open_records(src, split, data_dir)
-    n = min(len(records), max_images or len(records))
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
-    if path.suffix != ".zip":  # TFDS reads name and version off the last two parts
-        temporary = path.parent.parent / f".{uuid.uuid4().hex}.tmp"
+    base = path.parent if path.suffix == ".zip" else path.parent.parent  # TFDS reads name and version off the path
+    temporary = base / f".{uuid.uuid4().hex}.tmp"
+    whole = temporary / path.relative_to(base)
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        made = converted(records, n, convert)
-        if path.suffix == ".zip":
-            write_zip(temporary, (example[1:] for example in made), records.num_classes)
-            whole = temporary
-        else:
-            shape = convert(records.read([0])[0][0], records.where(0)).shape
-            whole = temporary / path.parent.name / path.name
-            catalogue.write(whole, (example[1:] for example in made), n, shape, records.num_classes)
+        whole.parent.mkdir(parents=True)
+        yield whole
         if path.exists():
             raise UserError(f"DST {path} was made by somebody else meanwhile; nothing is overwritten")
         path.parent.mkdir(exist_ok=True)
@@ -185,7 +204,23 @@ def make(
     except OSError as e:
         raise UserError(f"DST {path}: {e.strerror or e}") from None
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
-    return path
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make(src: str, dst: str, **options) -> Path:
+    """Make the set; the options are those of `plan`, see `python -m ddo_jax.data --help`.
+
+    Returns:
+      Its path, as `sources.open_source` takes it.
+
+    Raises:
+      UserError: what a user can mend; nothing is left behind.
+    """
+    job = plan(src, dst, **options)
+    with appearing(job.path) as path:
+        examples = converted(job, images.encode_png)
+        if path.suffix == ".zip":
+            write_zip(path, examples, job.records.num_classes)
+        else:
+            catalogue.write(path, examples, job.n, job.shape(), job.records.num_classes)
+    return job.path

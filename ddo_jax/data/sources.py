@@ -1,15 +1,18 @@
 """Where real images come from: `open_source(name, split, directory)`.
 
     digits            scikit-learn's 8x8 digits, prepared on first use
-    zip:PATH          EDM's format: PNGs and dataset.json                    (or just PATH.zip)
-    folder:PATH       images; one subfolder a class, or dataset.json          (or just PATH)
+    zip:PATH          EDM's format: PNGs (EDM2: or .npy latents) and dataset.json     (or just PATH.zip)
+    folder:PATH       images or latents; one subfolder a class, or dataset.json       (or just PATH)
     tfds:NAME         a prepared TFDS set: cifar10, imagenet_resized/64x64, the path of a set
+
+Latents are the posterior of a VAE, mean then standard deviation (see `latents`), as float32 [H, W, 2 C].
 
 A source is random access by integer array, so the position of a run in its data is one integer.
 """
 
 import dataclasses
 import functools
+import math
 import os
 import threading
 import zlib
@@ -21,10 +24,10 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from ddo_jax.data import archives, catalogue, images
+from ddo_jax.data import archives, catalogue, images, latents
 from ddo_jax.errors import UserError
 
-CACHE_BYTES = 2**30  # sets up to this many bytes of pixels are decoded once and kept
+CACHE_BYTES = 2**30  # sets up to this many bytes, decoded, are decoded once and kept
 PIECE = 32  # images that a thread reads at a time
 BLOCK = 1024  # images decoded between two moves of the progress bar
 
@@ -36,13 +39,15 @@ class Source(Protocol):
       name: names the set in every record, without the place where it lies.
       num_classes: 0 without labels (all labels are then 0).
       image_shape: (H, W, C).
-      max_level: the largest pixel value there is, or can be where the set is too large to look.
+      dtype: of the images: uint8, or float32 for latents.
+      max_level: the largest pixel value there is, or can be where the set is too large to look; 0 for latents.
       fingerprint: eight hex digits over the content.
     """
 
     name: str
     num_classes: int
     image_shape: tuple[int, ...]
+    dtype: np.dtype
     max_level: int
     fingerprint: str
 
@@ -53,10 +58,11 @@ class Source(Protocol):
 
 
 class Records(Protocol):
-    """Encoded images; safe to read from several threads."""
+    """Encoded images or latents; safe to read from several threads."""
 
     name: str
     num_classes: int
+    latents: bool
     fingerprint: str
 
     def __len__(self) -> int: ...
@@ -85,8 +91,12 @@ class ArraySource:
         return self.images.shape[1:]
 
     @property
+    def dtype(self) -> np.dtype:
+        return self.images.dtype
+
+    @property
     def max_level(self) -> int:
-        return int(self.images.max())
+        return int(self.images.max()) if self.dtype == np.uint8 else 0
 
     @property
     def fingerprint(self) -> str:
@@ -99,7 +109,7 @@ class ArraySource:
 
 
 class EncodedSource:
-    """Images decoded as they are read; all at the first read, and kept, if they fit into 1 GiB.
+    """Images or latents decoded as they are read; all at the first read, and kept, if they fit into 1 GiB.
 
     Raises:
       UserError: here of the first image, in `read` of any: damaged, or not of the size and mode of the first.
@@ -109,7 +119,9 @@ class EncodedSource:
         self._records, self._lock, self._cache = records, threading.Lock(), None
         self._threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
         self.name, self.num_classes = records.name, records.num_classes
-        self.image_shape = images.decode(records.read([0])[0][0], records.where(0)).shape
+        self._decoder = latents if records.latents else images
+        first = self._decoder.decode(records.read([0])[0][0], records.where(0))
+        self.image_shape, self.dtype = first.shape, first.dtype
 
     def __len__(self) -> int:
         return len(self._records)
@@ -120,6 +132,8 @@ class EncodedSource:
 
     @functools.cached_property
     def max_level(self) -> int:
+        if self.dtype != np.uint8:
+            return 0
         return int(self._whole()[0].max()) if self._fits() else 255
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -132,7 +146,7 @@ class EncodedSource:
         return {"image": pixels, "label": labels}
 
     def _fits(self) -> bool:
-        return len(self) * int(np.prod(self.image_shape)) <= CACHE_BYTES
+        return len(self) * math.prod(self.image_shape) * self.dtype.itemsize <= CACHE_BYTES
 
     def _whole(self) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
@@ -146,7 +160,7 @@ class EncodedSource:
             return self._cache
 
     def _empty(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.empty((n, *self.image_shape), np.uint8), np.empty(n, np.int32)
+        return np.empty((n, *self.image_shape), self.dtype), np.empty(n, np.int32)
 
     def _decode_into(self, indices: np.ndarray, pixels: np.ndarray, labels: np.ndarray) -> None:
         def piece(rows: range) -> None:
@@ -159,7 +173,7 @@ class EncodedSource:
 
     def _decode(self, data: bytes, i: int) -> np.ndarray:
         where = self._records.where(i)
-        pixels = images.decode(data, where)
+        pixels = self._decoder.decode(data, where)
         if pixels.shape != self.image_shape:
             raise UserError(
                 f"{where}: height, width, channels {pixels.shape}; allowed: {self.image_shape} "
@@ -210,10 +224,11 @@ def open_digits(split: str, directory: str | None) -> ArraySource:
 KINDS = ("digits", "zip:PATH", "folder:PATH", "tfds:NAME")
 
 
-def open_records(name: str, split: str, directory: str | None = None) -> Records:
+def open_records(name: str, split: str, directory: str | None = None, *, allow_latents: bool = False) -> Records:
     """The encoded images of "zip:PATH", "folder:PATH", "tfds:NAME", or the path of a .zip or directory.
 
-    A relative PATH that is not there is looked for in `directory`.
+    A relative PATH that is not there is looked for in `directory`. Sets of latents are refused unless allowed: who
+    wants pixels must not get floats.
 
     Raises:
       UserError: unknown name (the known ones are listed), or what it names is missing or damaged.
@@ -233,7 +248,7 @@ def open_records(name: str, split: str, directory: str | None = None) -> Records
     if kind == "tfds":
         return catalogue.TfdsRecords(rest, split, data_dir(directory))
     reader = archives.ZipRecords if kind == "zip" else archives.FolderRecords
-    return reader(_path(rest, directory), split)
+    return reader(_path(rest, directory), split, allow_latents)
 
 
 def _path(name: str, directory: str | None) -> Path:
@@ -253,4 +268,4 @@ def open_source(name: str, split: str, directory: str | None = None) -> Source:
     """
     if name == "digits":
         return open_digits(split, directory)
-    return EncodedSource(open_records(name, split, directory))
+    return EncodedSource(open_records(name, split, directory, allow_latents=True))

@@ -1,5 +1,7 @@
 """The pool of fakes: read back as written; damage is seen and named."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -33,17 +35,77 @@ def test_round_trip(directory):
     assert np.array_equal(source.images, images) and np.array_equal(source.labels, labels)
 
 
-def test_latents_round_trip(tmp_path):
-    """Breaks if float32 latents are quantised on the way."""
-    latents = np.random.default_rng(0).standard_normal((2, 4, 4, 4)).astype(np.float32)
-    pool.write_chunk(tmp_path, 0, latents, np.zeros(2, np.int32))
-    images, _ = pool.read_chunk(pool.chunk_path(tmp_path, 0))
-    assert images.dtype == np.float32 and np.array_equal(images, latents)
+def latents(rows, channels=4):
+    return np.random.default_rng(rows).standard_normal((rows, 4, 4, channels)).astype(np.float32)
+
+
+@pytest.fixture
+def latents_directory(tmp_path):
+    """A finished pool of latents."""
+    directory = tmp_path / "002" / "pool"
+    directory.mkdir(parents=True)
+    for i, n in enumerate((5, 5, 2)):
+        pool.write_chunk(directory, i, latents(n), np.arange(n, dtype=np.int32))
+    files.write_json(directory / pool.MARKER, {"chunks": 3, "num_classes": 5})
+    return directory
+
+
+def test_latents_round_trip(latents_directory):
+    """Breaks if float32 latents are quantised on the way, or chunks land in the wrong rows."""
+    images, _ = pool.read_chunk(pool.chunk_path(latents_directory, 1))
+    assert images.dtype == np.float32 and np.array_equal(images, latents(5))
+    source = pool.open_pool(latents_directory)
+    assert (source.images.dtype, source.max_level, source.labels.dtype) == (np.float32, 0, np.int32)
+    assert np.array_equal(source.images, np.concatenate([latents(n) for n in (5, 5, 2)]))
+    assert source.labels.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+
+
+def test_a_pool_is_in_memory_once(tmp_path):
+    """Breaks if all chunks are collected before they are joined: 3.3 GB would be 6.6."""
+    chunk = np.zeros((16, 16, 16, 4), np.float32)
+    for i in range(16):
+        pool.write_chunk(tmp_path, i, chunk, np.zeros(16, np.int32))
+    files.write_json(tmp_path / pool.MARKER, {"chunks": 16, "num_classes": 1})
+    tracemalloc.start()
+    source = pool.open_pool(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < source.images.nbytes + 6 * chunk.nbytes
+
+
+@pytest.mark.parametrize(
+    "images, labels",
+    [(latents(2, 3), 2), (latents(2).astype(np.float64), 2), (latents(2), 3), (latents(2)[0], 2)],
+    ids=["channels", "dtype", "labels", "axes"],
+)
+def test_chunk_unlike_the_others_is_named(latents_directory, images, labels):
+    """Breaks if a chunk is broadcast or cast into the pool."""
+    pool.write_chunk(latents_directory, 2, images, np.zeros(labels, np.int32))
+    with pytest.raises(UserError, match="chunk-00002.npz .*expected float32"):
+        pool.open_pool(latents_directory)
+
+
+def test_damage_is_never_read(latents_directory):
+    """Breaks if a flipped bit anywhere in a chunk changes what is read, or ends in a traceback."""
+    path, rng = pool.chunk_path(latents_directory, 2), np.random.default_rng(0)
+    whole, wanted = path.read_bytes(), pool.open_pool(latents_directory)
+    for at in rng.integers(0, len(whole), 300):
+        data = bytearray(whole)
+        data[at] ^= 1 << rng.integers(0, 8)
+        path.write_bytes(data)
+        try:
+            source = pool.open_pool(latents_directory)  # a date in the zip's directory, say
+        except UserError as e:
+            assert "chunk-00002.npz" in str(e)
+        else:
+            assert source.fingerprint == wanted.fingerprint
 
 
 @pytest.mark.parametrize("damage", ["torn", "empty", "flipped", "absent"])
-def test_damaged_chunk_is_named(directory, damage):
+@pytest.mark.parametrize("kind", ["directory", "latents_directory"])
+def test_damaged_chunk_is_named(kind, damage, request):
     """Breaks if a torn, flipped or lost chunk is read as if it were whole, or not named."""
+    directory = request.getfixturevalue(kind)
     path = pool.chunk_path(directory, 1)
     data = bytearray(path.read_bytes())
     if damage == "flipped":

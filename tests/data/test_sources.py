@@ -78,6 +78,7 @@ def test_read_gives_what_was_written(opened, kind, cached, monkeypatch):
     monkeypatch.setattr(sources, "CACHE_BYTES", 2**30 if cached else 0)
     s = opened[kind]
     assert (len(s), s.num_classes, s.image_shape, s.name.split(":")[0]) == (N, CLASSES, (8, 8, 3), kind)
+    assert s.dtype == np.uint8
     indices = np.array([7, 0, 7, 11])
     for _ in range(2):
         record = s.read(indices)
@@ -250,11 +251,9 @@ def test_bad_zip_is_named(tmp_path, content):
 
 
 def test_no_images(tmp_path):
-    """Breaks if an empty set is opened, or latents are taken for images."""
+    """Breaks if an empty set is opened."""
     with pytest.raises(UserError, match="no images among 1 files"):
         sources.open_source(write_folder(tmp_path / "a", {"notes.txt": b""}), "train")
-    with pytest.raises(UserError, match=".npy latents are not images"):
-        sources.open_source(write_zip(tmp_path / "a.zip", {"00000/img-mean-std-00000000.npy": b""}), "train")
     with pytest.raises(UserError, match="nowhere: does not exist"):
         sources.open_source(f"folder:{tmp_path}/nowhere", "train")
 
@@ -327,6 +326,19 @@ def test_tfds_grammar(tmp_path):
     assert np.array_equal(part.read(np.arange(3))["image"], PIXELS[3:6])
     with pytest.raises(UserError, match="split 'test' of .*allowed: train"):
         opened("tfds:cifar10", "test")
+
+
+def test_tfds_set_of_latents_is_refused(tmp_path):
+    """Breaks if the message does not say that latents belong into zips and folders."""
+    directory = write_tfds(tmp_path)
+    features = directory / "features.json"
+    table = json.loads(features.read_text())
+    tensor = "tensorflow_datasets.core.features.tensor_feature.Tensor"
+    image = {"pythonClassName": tensor, "tensor": {"shape": {"dimensions": ["8", "4", "4"]}, "dtype": "float32"}}
+    table["featuresDict"]["features"]["image"] = image | {"tensor": image["tensor"] | {"encoding": "none"}}
+    features.write_text(json.dumps(table))
+    with pytest.raises(UserError, match="an Image named 'image' is needed .latents are read from zips and folders"):
+        sources.open_source("tfds:toy", "train", str(tmp_path))
 
 
 def test_tfds_not_prepared(tmp_path):
