@@ -48,6 +48,7 @@ class Style:
     init_last: Init  # conv1, proj, output convolution: (nearly) zero
     init_qkv: Init
     taps: tuple = (1, 1)
+    remat: bool = False  # a block's activations are computed again in the backward pass
 
 
 SONG = Style(
@@ -117,6 +118,12 @@ class UNetBlock(nn.Module):
         return x
 
 
+def block_maker(style: Style, dropout: float):
+    """UNetBlock of this style; `remat` changes memory, never names or results."""
+    block = nn.remat(UNetBlock, static_argnums=(3,)) if style.remat else UNetBlock  # 3: train
+    return partial(block, style=style, dropout=dropout)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Encoder and decoder (sections 4.2, 4.3, 5.2)
 
@@ -136,7 +143,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x, emb, train: bool):
         style = self.style
-        block = partial(UNetBlock, style=style, dropout=self.dropout)
+        block = block_maker(style, self.dropout)
         down = partial(Conv, scheme=style.init, down=True, taps=style.taps)
         aux, skips = x, []
         for level, width in enumerate(self.widths):
@@ -175,7 +182,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x, skips, emb, train: bool):
         style, skips, out = self.style, list(skips), None
-        block = partial(UNetBlock, style=style, dropout=self.dropout)
+        block = block_maker(style, self.dropout)
         for level in reversed(range(len(self.widths))):
             res = self.resolution >> level
             at, here = f"{res}x{res}", x.shape[-1]
@@ -238,6 +245,7 @@ class SongUNet(nn.Module):
     encoder_type: str = "standard"
     decoder_type: str = "standard"
     resample_filter: tuple = (1, 1)
+    remat: bool = False
 
     def __post_init__(self):
         check_choice("embedding_type", self.embedding_type, ("positional", "fourier"))
@@ -264,7 +272,7 @@ class SongUNet(nn.Module):
         e = nn.silu(Linear(emb_width, name="map_layer0")(e))
         emb = nn.silu(Linear(emb_width, name="map_layer1")(e))
 
-        style = dataclasses.replace(SONG, taps=tuple(self.resample_filter))
+        style = dataclasses.replace(SONG, taps=tuple(self.resample_filter), remat=self.remat)
         widths = tuple(m * mult for mult in self.channel_mult)
         shared = (widths, self.num_blocks, tuple(self.attn_resolutions), self.dropout)
         resolution = self.img_resolution
@@ -288,6 +296,7 @@ class DhariwalUNet(nn.Module):
     attn_resolutions: tuple = (32, 16, 8)
     dropout: float = 0.10
     label_dropout: float = 0.0
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x, c_noise, labels, augment_labels=None, train: bool = False):
@@ -306,8 +315,9 @@ class DhariwalUNet(nn.Module):
 
         widths = tuple(m * mult for mult in self.channel_mult)
         shared = (widths, self.num_blocks, tuple(self.attn_resolutions), self.dropout)
-        encoder = Encoder(ADM, self.img_resolution, widths[0], *shared, wiring="standard", name="enc")
-        decoder = Decoder(ADM, self.img_resolution, self.img_channels, *shared, wiring=None, name="dec")
+        style = dataclasses.replace(ADM, remat=self.remat)
+        encoder = Encoder(style, self.img_resolution, widths[0], *shared, wiring="standard", name="enc")
+        decoder = Decoder(style, self.img_resolution, self.img_channels, *shared, wiring=None, name="dec")
         x, skips = encoder(x, emb, train)
         x = nn.silu(GroupNorm(ADM.eps, name="out_norm")(decoder(x, skips, emb, train)))
         return Conv(self.img_channels, 3, ADM.init_last, name="out_conv")(x)
@@ -363,10 +373,11 @@ class EDMPrecond(nn.Module):
 NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
 
-def from_config(config: dict, dtype=None) -> EDMPrecond:
+def from_config(config: dict, dtype=None, remat: bool = False) -> EDMPrecond:
     """The module for a released file's constructor arguments; missing ones take the defaults of section 6.
 
-    `use_fp16` is accepted and not acted upon: precision is the caller's choice, through `dtype`.
+    `use_fp16` is accepted and not acted upon: precision is the caller's choice, through `dtype`. `remat`: keep only
+    the inputs of the blocks for the backward pass, and compute the rest again.
     """
     config = dict(config)
     check_choice("class_name", config.pop("class_name", "EDMPrecond"), ("EDMPrecond",))
@@ -375,12 +386,12 @@ def from_config(config: dict, dtype=None) -> EDMPrecond:
     config.pop("use_fp16", None)
     outer = {k: config.pop(k) for k in ("sigma_data", "sigma_min", "sigma_max") if k in config}
     network = NETWORKS[model_type]
-    allowed = [f.name for f in dataclasses.fields(network) if f.name not in ("parent", "name")]
+    allowed = [f.name for f in dataclasses.fields(network) if f.name not in ("parent", "name", "remat")]
     if unknown := sorted(set(config) - set(allowed)):
         raise ValueError(f"unknown key {unknown[0]!r} for {model_type}; allowed: {', '.join(allowed)}")
     if missing := [k for k in ("img_resolution", "img_channels") if k not in config]:
         raise ValueError(f"key {missing[0]!r} is missing; {model_type} needs img_resolution, img_channels")
-    net = network(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+    net = network(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}, remat=remat)
     return EDMPrecond(net, net.img_resolution, net.img_channels, net.label_dim, dtype=dtype, **outer)
 
 

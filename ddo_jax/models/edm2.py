@@ -156,6 +156,7 @@ class Style:
     res_balance: float = 0.3
     attn_balance: float = 0.3
     clip_act: float | None = 256
+    remat: bool = False  # a block's activations are computed again in the backward pass
 
 
 def cosine_attention(qkv, heads: int):
@@ -203,6 +204,12 @@ class Block(nn.Module):
         return x if style.clip_act is None else jnp.clip(x, -style.clip_act, style.clip_act)
 
 
+def block_maker(style: Style, flavor: str):
+    """Block of this style and flavor; `remat` changes memory, never names or results."""
+    block = nn.remat(Block, static_argnums=(3,)) if style.remat else Block  # 3: train
+    return partial(block, flavor=flavor, style=style)
+
+
 # ----------------------------------------------------------------------------------------------------
 # U-Net (section 4)
 
@@ -218,7 +225,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x, emb, train: bool):
-        block, skips = partial(Block, flavor="enc", style=self.style), []
+        block, skips = block_maker(self.style, "enc"), []
         for level, width in enumerate(self.widths):
             res = self.resolution >> level
             at = f"{res}x{res}"
@@ -246,7 +253,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, skips, emb, train: bool):
         skips = list(skips)
-        block, x = partial(Block, flavor="dec", style=self.style), skips[-1]
+        block, x = block_maker(self.style, "dec"), skips[-1]
         for level in reversed(range(len(self.widths))):
             res = self.resolution >> level
             at, here = f"{res}x{res}", x.shape[-1]
@@ -281,6 +288,7 @@ class UNet(nn.Module):
     res_balance: float = 0.3
     attn_balance: float = 0.3
     clip_act: float | None = 256
+    remat: bool = False
 
     @property
     def widths(self) -> tuple:
@@ -369,21 +377,22 @@ class EDM2Precond(nn.Module):
 # Configurations (section 6)
 
 
-def from_config(config: dict, dtype=None) -> EDM2Precond:
+def from_config(config: dict, dtype=None, remat: bool = False) -> EDM2Precond:
     """The module for a released file's constructor arguments; missing ones take the defaults of sections 3-5.
 
-    `use_fp16` is accepted and not acted upon: precision is the caller's choice, through `dtype`.
+    `use_fp16` is accepted and not acted upon: precision is the caller's choice, through `dtype`. `remat`: keep only
+    the inputs of the blocks for the backward pass, and compute the rest again.
     """
     config = dict(config)
     check_choice("class_name", config.pop("class_name", "Precond"), ("Precond",))
     config.pop("use_fp16", None)
     outer = {k: config.pop(k) for k in ("sigma_data", "logvar_channels") if k in config}
-    allowed = [f.name for f in dataclasses.fields(UNet) if f.name not in ("parent", "name")]
+    allowed = [f.name for f in dataclasses.fields(UNet) if f.name not in ("parent", "name", "remat")]
     if unknown := sorted(set(config) - set(allowed)):
         raise ValueError(f"unknown key {unknown[0]!r} for EDM2; allowed: {', '.join(allowed)}")
     if missing := [k for k in ("img_resolution", "img_channels", "label_dim") if k not in config]:
         raise ValueError(f"key {missing[0]!r} is missing; EDM2 needs img_resolution, img_channels, label_dim")
-    unet = UNet(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+    unet = UNet(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}, remat=remat)
     return EDM2Precond(unet, dtype=dtype, **outer)
 
 
