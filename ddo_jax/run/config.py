@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict, config_dict
 
+from ddo_jax.core.phema import MAX_STD
 from ddo_jax.errors import UserError
 
 
@@ -35,10 +36,12 @@ def _training(**given) -> dict:
         eps=1e-8,
         ema_mimg=0.5,  # half-life of the EMA in millions of images
         ema_rampup=0.0,  # half-life at most this fraction of the images seen; 0: off
+        ema_stds=(),  # instead of a half-life: lengths of power-function EMAs, as in (0.05, 0.1); the first one counts
         p_mean=-1.2,
         p_std=1.2,
         eval_every=_duration(),  # unset: no evaluation inside the phase
         save_every=_duration(),  # unset: checkpoints at evaluations and at the end only
+        snapshot_every=_duration(),  # of every EMA in ema_stds, for ddo_jax.posthoc; unset: none
     )
     return defaults | given
 
@@ -52,6 +55,7 @@ def base() -> ConfigDict:
             seed=0,  # of training: initialisation, data order, noise
             family="edm",
             precision="highest",  # matmul and convolution precision: default | high | highest
+            remat=False,  # recompute activations in the backward pass: changes memory, never results
             init="scratch",  # scratch | a workdir or checkpoint of ours
             data=dict(
                 name="digits",
@@ -76,6 +80,7 @@ def base() -> ConfigDict:
                 alpha=(4.0,),  # the grid of every round is alpha x beta
                 beta=(0.05,),
                 pool=50_000,  # fakes per round
+                p_std_from=(),  # ((17, 3.0),): P_std from round 17 on; rounds count from 1
             ),
             control=_training(
                 enabled=False,  # continued MLE from the same start, the same evaluations and selection
@@ -83,6 +88,7 @@ def base() -> ConfigDict:
                 factor=3,  # steps, as a multiple of all DDO rounds together
             ),
             sampler=dict(
+                solver="heun",  # heun | dpmv3
                 num_steps=18,
                 sigma_min=0.002,
                 sigma_max=80.0,
@@ -101,7 +107,7 @@ def base() -> ConfigDict:
                 num=50_000,  # images per reported evaluation
                 select_num=config_dict.placeholder(int),  # images per evaluation inside the rounds; unset: num
                 batch=512,  # sampled at a time, over all devices; images do not depend on it
-                dtype="float32",  # of the image path when sampling: float32 | bfloat16; never of the log-ratio
+                dtype="float32",  # float32 | bfloat16 | float16: of the image path when sampling; never of the ratio
                 report_seeds=3,  # the report scores this many fresh seed ranges
                 grid=100,  # images of the before/after picture
             ),
@@ -117,7 +123,8 @@ def base() -> ConfigDict:
 # Keys that may differ when a workdir is continued: they change no number of the work already done. (Accumulation
 # in MLE phases is not among them: dropout masks are drawn per micro-batch.)
 HARMLESS = ("log", "mesh", "keep", "lease_s", "name", "remark", "data.dir", "eval.grid")  # the key or all below
-HARMLESS += (*(f"{phase}.save_every" for phase in ("pretrain", "ddo", "control")), "ddo.accumulation")
+HARMLESS += tuple(f"{p}.{key}_every" for p in ("pretrain", "ddo", "control") for key in ("save", "snapshot"))
+HARMLESS += ("ddo.accumulation", "remat")
 
 
 def leaves(config, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -127,7 +134,12 @@ def leaves(config, prefix: str = "") -> Iterator[tuple[str, object]]:
         if isinstance(value, ConfigDict | dict):
             yield from leaves(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, list(value) if isinstance(value, tuple) else value
+            yield prefix + key, _listed(value)
+
+
+def _listed(value):
+    """Tuples as the lists that JSON makes of them, at any depth."""
+    return [_listed(v) for v in value] if isinstance(value, tuple | list) else value
 
 
 def difference(old: dict, new: dict) -> list[str]:
@@ -202,11 +214,40 @@ def _check_phase(config, phase: str) -> None:
         _require(c[key] >= 0, f"{phase}.{key}", c[key], "0 or more")
     schedules = ("constant", "cosine", "inverse_sqrt")
     _require(c.schedule in schedules, f"{phase}.schedule", c.schedule, ", ".join(schedules))
-    for key in ("warmup", "eval_every", "save_every", "length"):
+    for key in ("warmup", "eval_every", "save_every", "snapshot_every", "length"):
         if key in c:
             for unit, value in c[key].items():
                 _require(value is None or value > 0, f"{phase}.{key}.{unit}", value, "above 0, or unset")
             steps(c[key], c.batch, 1, f"{phase}.{key}")
+    _check_emas(c, phase)
+
+
+def _number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_emas(c, phase: str) -> None:
+    for std in c.ema_stds:
+        ok = _number(std) and 0 < std < MAX_STD
+        _require(ok, f"{phase}.ema_stds", std, f"numbers above 0 and below {MAX_STD:.4f}, as in (0.05, 0.1)")
+    names = [f"{std:.3f}" for std in c.ema_stds]
+    _require(len(set(names)) == len(names), f"{phase}.ema_stds", c.ema_stds, "lengths that differ in three decimals")
+    every = steps(c.snapshot_every, c.batch, 10**6, f"{phase}.snapshot_every")  # an epoch is long enough
+    if every is None:
+        return
+    if not names:
+        raise UserError(f"config.{phase}.snapshot_every: set, but {phase}.ema_stds is empty; set it to (0.05, 0.1)")
+    allowed = "at least 1000 images: the names of snapshots count thousands"
+    _require(every * c.batch >= 1000, f"{phase}.snapshot_every", every * c.batch, allowed)
+
+
+def _check_p_std_from(pairs) -> None:
+    allowed = "(round, P_std) with rounds from 1 on in rising order and P_std above 0, as in ((17, 3.0),)"
+    last = 0
+    for pair in pairs:
+        shaped = isinstance(pair, tuple | list) and len(pair) == 2 and type(pair[0]) is int and _number(pair[1])
+        _require(shaped and pair[0] > last and 0 < pair[1] < math.inf, "ddo.p_std_from", pair, allowed)
+        last = pair[0]
 
 
 def _check_grids(config) -> None:
@@ -232,12 +273,15 @@ def validate(config, devices: int) -> None:
     _check_keys_and_types(config)
     precisions = ("default", "high", "highest")  # the DotAlgorithmPreset names are dropped for convolutions
     _require(config.precision in precisions, "precision", config.precision, ", ".join(precisions))
-    _require(config.eval.dtype in ("float32", "bfloat16"), "eval.dtype", config.eval.dtype, "float32, bfloat16")
+    dtypes = ("float32", "bfloat16", "float16")
+    _require(config.eval.dtype in dtypes, "eval.dtype", config.eval.dtype, ", ".join(dtypes))
+    _require(config.sampler.solver in ("heun", "dpmv3"), "sampler.solver", config.sampler.solver, "heun, dpmv3")
     _require(0 <= config.data.augment <= 1, "data.augment", config.data.augment, "0 to 1")
     _require(config.keep in ("best", "all"), "keep", config.keep, "best, all")
     for phase in ("pretrain", "ddo", "control"):
         _check_phase(config, phase)
     _check_grids(config)
+    _check_p_std_from(config.ddo.p_std_from)
     _require(0 <= config.seed < 2**31, "seed", config.seed, "0 or more, below 2^31")
     _require(config.lease_s >= 10, "lease_s", config.lease_s, "at least 10")
     _require(2 <= config.model.levels <= 256, "model.levels", config.model.levels, "2 to 256")

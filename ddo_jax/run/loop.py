@@ -15,7 +15,8 @@ from ddo_jax import files, sharding
 from ddo_jax.core import ddo
 from ddo_jax.data.pipeline import batches
 from ddo_jax.errors import UserError
-from ddo_jax.run import record, state, step
+from ddo_jax.run import config as configs
+from ddo_jax.run import record, snapshots, state, step
 from ddo_jax.run.checkpoint import Checkpoints
 from ddo_jax.run.images import png
 
@@ -57,7 +58,7 @@ class Tools:
     Attributes:
       family, frozen, mesh: of the run. data: source of real images; flip: mirror half of them.
       step_for: (phase) -> its jitted step, compiled once per kind.
-      ratio: jitted (params, ref, record, key) -> r [B], with the noise levels of the rounds.
+      ratio: jitted (params, ref, frozen, record, key, noise) -> r [B].
       evaluate: (params, phase name, step, purpose, index) -> the record of one scored set of samples, with
         its protocol, and its first images. metric: the record's key that selects (lower is better).
       levels: grey levels of the images. log: config.log.
@@ -123,7 +124,7 @@ def train(phase: Phase, tools: Tools) -> dict:
     tx = state.optimizer(c)
 
     def fresh():
-        return sharding.place(mesh, state.new_state(phase.start, tx))
+        return sharding.place(mesh, state.new_state(phase.start, tx, c.ema_stds))
 
     with Checkpoints(phase.directory / "checkpoints") as checkpoints:
         shapes = sharding.abstract(mesh, jax.eval_shape(fresh))
@@ -147,6 +148,10 @@ class _Loop:
         self.log = record.PhaseLog(phase.directory, first, tools.log.tensorboard, main)
         self.progress = record.Progress(phase.name, first, phase.total)
         self.began, self.text = time.monotonic(), ""
+        c = phase.config
+        self.snapshot_every = configs.steps(
+            c.snapshot_every, c.batch, len(tools.data), f"{phase.section}.snapshot_every"
+        )
 
     # -- data ---------------------------------------------------------------------------------------------
 
@@ -174,9 +179,12 @@ class _Loop:
             )
             evaluate = self.due(done, phase.eval_every)
             save = evaluate or self.due(done, phase.save_every) or done == phase.total
-            if save or self.due(done, tools.log.every):
+            snapshot = self.due(done, self.snapshot_every)
+            if save or snapshot or self.due(done, tools.log.every):
                 self.write(done, totals)
                 totals = self.zero()
+            if snapshot:  # before the checkpoint: a job that is killed here makes it again
+                self.snapshot(done, training_state)
             if save:
                 self.save(done, training_state, evaluate)
         tools.console.status(self.progress.text(phase.total, self.text), done=True)
@@ -210,6 +218,13 @@ class _Loop:
         self.text = status(scalars) + "".join(self.text.partition("  |")[1:])
         self.tools.console.status(self.progress.text(done, self.text))
         self.logged, self.began = done, time.monotonic()
+
+    def snapshot(self, done: int, training_state) -> None:
+        phase, tools = self.phase, self.tools
+        averages = state.averages(training_state, phase.config.ema_stds)
+        directory, images = phase.directory / "snapshots", done * phase.config.batch
+        snapshots.write(directory, tools.family, tools.frozen, averages, images)
+        self.began = time.monotonic()
 
     def save(self, done: int, training_state, evaluate: bool) -> None:
         phase, tools, score = self.phase, self.tools, None

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from ddo_jax import sharding
-from ddo_jax.core import ddo, ema, schedules
+from ddo_jax.core import ddo, ema, phema, schedules
+from ddo_jax.run.state import averages, named_averages
 
 
 class Hyper(NamedTuple):
@@ -79,15 +80,24 @@ def accumulated(objective, params, batch, parts: int):
     return jax.tree.map(lambda g: g / parts, grads), stats
 
 
+def averaged(current, params, c, seen) -> dict:
+    """The averages of a training state after one more step: its "ema", and its "emas" where it has them."""
+    if not c.ema_stds:
+        beta = ema.half_life_beta(seen, c.batch, c.ema_mimg * 1e6, c.ema_rampup or None)
+        return {"ema": ema.ema_update(current["ema"], params, beta)}
+    before = averages(current, c.ema_stds)
+    return named_averages(
+        {std: ema.ema_update(e, params, phema.power_beta(seen, c.batch, std)) for std, e in before.items()}
+    )
+
+
 def advance(state, grads, tx, c, hyper: Hyper, *, warmup: float, total: float):
-    """Optimizer step, EMA of its (unprojected) output, step count."""
+    """Optimizer step, EMAs of its (unprojected) output, step count."""
     seen = state["step"].astype(jnp.float32) * c.batch
     lr = learning_rate(c, seen, lr=hyper.lr, warmup=warmup, total=total)
     updates, opt = tx.update(grads, state["opt"], state["params"])
     params = jax.tree.map(lambda p, u: p - lr * u, state["params"], updates)
-    beta = ema.half_life_beta(seen, c.batch, c.ema_mimg * 1e6, c.ema_rampup or None)
-    averaged = ema.ema_update(state["ema"], params, beta)
-    return {"params": params, "ema": averaged, "opt": opt, "step": state["step"] + 1}
+    return {"params": params, **averaged(state, params, c, seen), "opt": opt, "step": state["step"] + 1}
 
 
 def zero_totals(objective: str) -> dict:
@@ -133,7 +143,7 @@ def make_step(family, c, tx, mesh, shapes, *, objective: str, warmup: float, tot
 
     def step(state, totals, ref, frozen, real, fake, key, hyper):
         key = jax.random.fold_in(key, state["step"])
-        params = family.project(state["params"])
+        params = family.project(state["params"], objective)
         grads, stats = gradients(params, ref, frozen, real, fake, key, hyper)
         stats["grad_norm"] = measured(optax.tree.norm(grads)[None])
         state = advance({**state, "params": params}, grads, tx, c, hyper, warmup=warmup, total=total)
@@ -143,15 +153,15 @@ def make_step(family, c, tx, mesh, shapes, *, objective: str, warmup: float, tot
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
 
 
-def make_ratio(family, c, frozen):
-    """Jitted (params, ref, record, key) -> r [B] at the noise levels of `c`, for histograms."""
+def make_ratio(family, c):
+    """Jitted (params, ref, frozen, record, key, noise) -> r [B] of a batch of `c`, for histograms."""
 
     @jax.jit
-    def ratio(params, ref, record, key):
+    def ratio(params, ref, frozen, record, key, noise):
         key_encode, key_draw = jax.random.split(key)
         examples = family.encode(frozen, record, key_encode)
-        draws = family.draw(key_draw, c.batch, (c.p_mean, c.p_std))
-        s, s_ref = (family.score(family.project(p), frozen, examples, draws) for p in (params, ref))
+        draws = family.draw(key_draw, c.batch, noise)
+        s, s_ref = (family.score(family.project(p, "ddo"), frozen, examples, draws) for p in (params, ref))
         return family.ratio(s, s_ref, examples, draws)
 
     return ratio

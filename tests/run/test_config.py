@@ -112,6 +112,24 @@ def put(config, key, value):
         ("ddo.length.steps", None, "unset.*allowed: a duration"),
         ("ddo.eval_every.steps", None, "unset.*allowed: a duration"),
         ("control.eval_every.steps", None, "unset.*allowed: a duration"),
+        ("pretrain.ema_stds", (0.05, 0.0), "0.0; allowed: numbers above 0 and below 0.2887"),
+        ("ddo.ema_stds", (0.2887,), "0.2887; allowed: numbers above 0 and below 0.2887"),
+        ("control.ema_stds", ("0.05",), "'0.05'; allowed: numbers"),
+        ("pretrain.ema_stds", (True,), "True; allowed: numbers"),
+        ("pretrain.ema_stds", (0.1, 0.05, 0.0501), "differ in three decimals"),
+        ("pretrain.ema_stds", 0.05, "0.05; allowed: a list"),
+        ("pretrain.snapshot_every.steps", 0, "0; allowed: above 0"),
+        ("pretrain.snapshot_every.steps", 1000, "set, but pretrain.ema_stds is empty"),
+        ("ddo.p_std_from", (17, 3.0), "17; allowed: .*as in"),
+        ("ddo.p_std_from", ((17,),), r"\(17,\); allowed: .*rising order"),
+        ("ddo.p_std_from", ((0, 3.0),), "rounds from 1 on"),
+        ("ddo.p_std_from", ((1.0, 3.0),), "rounds from 1 on"),
+        ("ddo.p_std_from", ((2, "3"),), "P_std above 0"),
+        ("ddo.p_std_from", ((2, 0.0),), "P_std above 0"),
+        ("ddo.p_std_from", ((17, 3.0), (17, 4.0)), "rising order"),
+        ("remat", 1, "1; allowed: a bool"),
+        ("sampler.solver", "euler", "'euler'; allowed: heun, dpmv3"),
+        ("eval.dtype", "float64", "'float64'; allowed: float32, bfloat16, float16"),
         ("precision", "BF16_BF16_F32_X3", "'BF16_BF16_F32_X3'; allowed: default, high, highest"),
         ("precision", "HIGHEST", "allowed: default, high, highest"),
         ("keep", "some", "'some'; allowed: best, all"),
@@ -130,7 +148,7 @@ def test_bad_values_are_refused(micro, key, value, words):
     put(micro, key, value)
     with pytest.raises(UserError, match=words) as e:
         configs.validate(micro, 8)
-    section = key.removesuffix(".steps") if value is None else key
+    section = key.removesuffix(".steps") if value is None or "is empty" in words else key
     assert f"config.{section.split('.accumulation')[0]}" in str(e.value)
     assert "\n" not in str(e.value)
 
@@ -140,6 +158,21 @@ def test_whole_numbers_are_good_floats(micro):
     put(micro, "ddo.lr", 1)
     put(micro, "ddo.alpha", (4,))
     configs.validate(micro, 1)
+
+
+def test_good_lengths_and_noise_changes(micro):
+    """Breaks if the values of the EDM2 configs are refused, or snapshots that share a name are accepted."""
+    micro.pretrain.update(ema_stds=(0.05, 0.1))
+    micro.ddo.update(ema_stds=(0.05,), p_std_from=((3, 2.0), (17, 3)))
+    micro.update(remat=True)
+    micro.sampler.solver = "dpmv3"
+    micro.eval.dtype = "float16"
+    for unit, value in (("steps", 63), ("mimg", 8.388608), ("epochs", 1.0)):  # 63 steps of 16 are 1008 images
+        micro.pretrain.snapshot_every = {"steps": None, "mimg": None, "epochs": None, unit: value}
+        configs.validate(micro, 1)
+    micro.pretrain.snapshot_every = {"steps": 62, "mimg": None, "epochs": None}
+    with pytest.raises(UserError, match=r"config.pretrain.snapshot_every: 992; allowed: at least 1000 images"):
+        configs.validate(micro, 1)
 
 
 def test_two_units_of_one_duration(micro):
@@ -158,9 +191,10 @@ def test_durations_in_steps():
 
 
 HARMLESS = ["log.every", "log.tensorboard", "keep", "lease_s", "name", "remark", "data.dir", "eval.grid"]
-HARMLESS += ["ddo.save_every.steps", "ddo.accumulation", "mesh.fsdp"]
+HARMLESS += ["ddo.save_every.steps", "ddo.accumulation", "mesh.fsdp", "pretrain.snapshot_every.mimg", "remat"]
 SERIOUS = ["seed", "precision", "data.name", "data.split", "data.flip", "model.levels", "model.width", "ddo.lr"]
 SERIOUS += ["ddo.alpha", "ddo.rounds", "pretrain.length.steps", "eval.num", "sampler.num_steps", "control.enabled"]
+SERIOUS += ["pretrain.ema_stds", "ddo.p_std_from", "sampler.solver", "eval.dtype"]
 
 
 @pytest.mark.parametrize("key", HARMLESS + SERIOUS)
@@ -178,6 +212,7 @@ def test_difference_of_absent_keys_and_tuples(micro):
     old = micro.to_dict()
     listed = copy.deepcopy(old)
     listed["ddo"]["alpha"] = list(old["ddo"]["alpha"])
+    old["ddo"]["p_std_from"], listed["ddo"]["p_std_from"] = ((17, 3.0),), [[17, 3.0]]
     assert configs.difference(listed, old) == []
     del listed["model"]["blocks"]
     assert configs.difference(listed, old) == ["config.model.blocks: absent -> 1"]

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from ddo_jax import files
+from ddo_jax import convert, files
 from ddo_jax.errors import UserError
-from ddo_jax.run import loop, rounds, search
+from ddo_jax.run import loop, rounds, search, snapshots
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def leaves(state):
 
 def final(phase, tools):
     with loop.Checkpoints(phase.directory / "checkpoints") as c:
-        fresh = loop.state.new_state(phase.start, loop.state.optimizer(phase.config))
+        fresh = loop.state.new_state(phase.start, loop.state.optimizer(phase.config), phase.config.ema_stds)
         abstract = loop.sharding.abstract(tools.mesh, jax.eval_shape(lambda: fresh))
         return c.restore_latest(abstract)
 
@@ -61,6 +61,68 @@ def test_four_steps_are_two_and_two(run, monkeypatch):
         np.testing.assert_array_equal(a, b)
     steps = [[r["step"] for r in files.read_jsonl(p.directory / "metrics.jsonl")] for p in (whole, halved)]
     assert steps[0] == steps[1] == [1, 2, 3, 4]
+
+
+def averaging(run, name, total):
+    """A phase that tracks two lengths and writes snapshots every other step, and the tools for it."""
+    phase, tools = run(name, total)
+    c = phase.config.copy_and_resolve_references()
+    c.update(batch=1024, ema_stds=(0.05, 0.1))
+    c.snapshot_every.steps = 2
+    tx = loop.state.optimizer(c)
+    shapes = jax.eval_shape(lambda: loop.state.new_state(phase.start, tx, c.ema_stds))
+    jitted = loop.step.make_step(tools.family, c, tx, tools.mesh, shapes, objective="mle", warmup=0.0, total=1e6)
+    phase = dataclasses.replace(phase, config=c, save_every=3)
+    return phase, dataclasses.replace(tools, step_for=lambda _: jitted)
+
+
+def test_snapshots_and_lengths_survive_a_restart(run, monkeypatch):
+    """Breaks if an EMA length, or a snapshot after the last checkpoint, is lost or changed over a restart."""
+    whole, tools = averaging(run, "whole", 5)
+    loop.train(whole, tools)
+    halved, _ = averaging(run, "halved", 5)
+
+    def stop_before_the_end(self, done, totals, write=loop._Loop.write):
+        if done == 5:
+            raise Stop
+        write(self, done, totals)
+
+    def files_of(phase):
+        return {p.name: p.read_bytes() for p in (phase.directory / "snapshots").iterdir()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "write", stop_before_the_end)
+        with pytest.raises(Stop):
+            loop.train(halved, tools)
+    assert final(halved, tools)[1]["step"] == 3 and len(files_of(halved)) == 4
+    for path in (halved.directory / "snapshots").glob("*-0000004-*"):  # of step 4, after the checkpoint
+        path.write_bytes(b"torn")
+    loop.train(halved, tools)
+    states = [final(phase, tools)[0] for phase in (whole, halved)]
+    assert list(states[0]["emas"]) == ["0.100"]
+    for a, b in zip(*map(leaves, states), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert files_of(whole) == files_of(halved)
+    found = snapshots.find(str(whole.directory))
+    assert [(s.images, s.std) for s in found] == [(n * 1024, std) for n in (2, 4, 5) for std in (0.05, 0.1)]
+    for snapshot, ema in zip(found[-2:], (states[0]["ema"], states[0]["emas"]["0.100"]), strict=True):
+        arrays, _ = tools.family.export(jax.tree.map(np.asarray, ema), tools.frozen)
+        stored = convert.read(snapshot.path).state_dict
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(stored[name], np.asarray(array).astype(np.float16), err_msg=name)
+
+
+def test_snapshots_come_before_the_checkpoint(run, monkeypatch):
+    """Breaks if a job killed between the two resumes after a snapshot that was never written."""
+    phase, tools = averaging(run, "order", 2)
+
+    def fail(*_):
+        raise Stop
+
+    monkeypatch.setattr(loop.snapshots, "write", fail)
+    with pytest.raises(Stop):
+        loop.train(phase, tools)
+    assert list((phase.directory / "checkpoints").iterdir()) == []
 
 
 def test_not_a_number_stops_the_run(run):

@@ -17,7 +17,7 @@ def build(setup, objective, **changes):
     tools = setup.tools
     tx = state.optimizer(c)
     params, _ = tools.family.init(jax.random.key(1))
-    fresh = sharding.place(tools.mesh, state.new_state(params, tx))
+    fresh = sharding.place(tools.mesh, state.new_state(params, tx, c.ema_stds))
     jitted = step.make_step(
         tools.family, c, tx, tools.mesh, jax.eval_shape(lambda: fresh), objective=objective, warmup=0.0, total=1e6
     )
@@ -80,6 +80,41 @@ def test_ema_follows_its_formula(setup):
         expected = jax.tree.map(lambda e, p: p + beta * (e - p), expected, params)
     for a, b in zip(*map(jax.tree.leaves, (expected, current["ema"])), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+# exponents of the profiles (specs/edm2.md section 9), not by our own function
+GAMMAS = {0.05: 16.9721986, 0.1: 6.93720394, 0.2: 1.82621378}
+
+
+@pytest.mark.parametrize("stds", [(0.1,), (0.2, 0.05, 0.1)])
+def test_power_function_emas_follow_their_formula(setup, stds):
+    """Breaks if lengths are swapped or lost, one lags by a step, or t is not the images since the phase began."""
+    jitted, current, rest = build(setup, "mle", ema_stds=stds)
+    assert ("emas" in current) == (len(stds) > 1)
+    batch, totals = setup.config.pretrain.batch, zero(setup, "mle")
+    start = jax.tree.map(lambda x: np.asarray(x, np.float64), current["params"])
+    expected = dict.fromkeys(stds, start)
+    for i in range(5):
+        current, totals = jitted(current, totals, *rest, jax.random.key(0), hyper(lr=1e-2))
+        params = jax.tree.map(lambda x: np.asarray(x, np.float64), current["params"])
+        for std in stds:
+            t = (i + 1) * batch
+            beta = (1 - batch / t) ** (GAMMAS[std] + 1)
+            expected[std] = jax.tree.map(lambda e, p, b=beta: e + (1 - b) * (p - e), expected[std], params)
+        if i == 0:  # the start leaves no trace
+            jax.tree.map(np.testing.assert_array_equal, current["ema"], current["params"])
+    found = [current["ema"], *(current["emas"][f"{std:.3f}"] for std in stds[1:])]
+    assert set(current.get("emas", {})) == {f"{std:.3f}" for std in stds[1:]}
+    for ema, std in zip(found, stds, strict=True):
+        for a, b in zip(*map(jax.tree.leaves, (ema, expected[std])), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7)
+    assert jitted._cache_size() == 1
+
+
+def test_without_lengths_the_state_is_as_ever(setup):
+    """Breaks if checkpoints of runs without `ema_stds` get another structure, so that old ones do not fit."""
+    _, current, _ = build(setup, "mle")
+    assert set(current) == {"params", "ema", "opt", "step"}
 
 
 def test_noise_differs_from_step_to_step(setup):
