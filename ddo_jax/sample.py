@@ -5,14 +5,16 @@ An image depends on its seed and label alone. The same command again makes only 
 """
 
 import argparse
+import math
 import sys
 
 from absl import logging
 
 from ddo_jax.errors import UserError
 
-SAMPLER = {"num_steps": int, **dict.fromkeys(("sigma_min", "sigma_max", "rho", "s_churn", "s_min", "s_max"), float)}
-SAMPLER["s_noise"] = float
+SAMPLER = {"solver": str, "num_steps": int}  # flags that override the checkpoint's own sampler
+SAMPLER |= dict.fromkeys(("sigma_min", "sigma_max", "rho", "s_churn", "s_min", "s_max", "s_noise"), float)
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,6 +25,41 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def add_sampler_flags(p: argparse.ArgumentParser) -> None:
+    """How images are made; shared with ddo_jax.evaluate."""
+    p.add_argument("--solver", choices=("heun", "dpmv3"), help="dpmv3: DPM-Solver-v3 (default: the checkpoint's own)")
+    p.add_argument("--num_steps", type=int, help="sampler steps (default: the checkpoint's own; dpmv3: 25)")
+    p.add_argument("--guide", metavar="WHAT", help="a second network: unconditional (CFG) or weaker (autoguidance)")
+    p.add_argument("--guidance", type=float, default=1.0, help="D_guide + guidance (D - D_guide); 1: none (default)")
+    p.add_argument("--dtype", default="float32", choices=DTYPES, help="of the image path when sampling")
+    p.add_argument("--precision", default="highest", choices=("default", "high", "highest"), help="of the sampler")
+    p.add_argument(
+        "--rng",
+        default="jax",
+        choices=("jax", "torch-cpu"),
+        help="torch-cpu: the released sampler's CPU streams (published figures used CUDA's generator)",
+    )
+    for name, kind in SAMPLER.items():
+        if name not in ("solver", "num_steps"):
+            p.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+
+
+def request(args, seeds):
+    """The Request that the flags of a command mean."""
+    from ddo_jax.run import sampling
+
+    given = {name: getattr(args, name) for name in SAMPLER if getattr(args, name) is not None}
+    if args.batch < 1:
+        raise UserError(f"--batch: {args.batch}; allowed: at least 1")
+    if not math.isfinite(args.guidance):
+        raise UserError(f"--guidance: {args.guidance}; allowed: a finite number, 1 for none")
+    if (args.guide is None) != (args.guidance == 1):
+        missing = "--guide=WHAT" if args.guide is None else "--guidance=1.4 or another weight"
+        raise UserError(f"--guide={args.guide} with --guidance={args.guidance}: set {missing}, too")
+    made = (args.rng, args.dtype, args.precision, args.guide, args.guidance)
+    return sampling.Request(args.checkpoint, seeds, args.labels, args.batch, given, *made)
+
+
 def parser() -> Parser:
     p = Parser(prog="python -m ddo_jax.sample", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--checkpoint", required=True, metavar="WHAT")
@@ -31,17 +68,8 @@ def parser() -> Parser:
     p.add_argument("--labels", default="balanced", help="balanced (by position), random (by seed), or a class id")
     p.add_argument("--batch", type=int, default=64, help="images at a time, over all devices (default: 64)")
     p.add_argument("--subdirs", action="store_true", help="one folder per thousand seeds")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the image path")
-    p.add_argument("--precision", default="highest", choices=("default", "high", "highest"))
-    p.add_argument(
-        "--rng",
-        default="jax",
-        choices=("jax", "torch-cpu"),
-        help="torch-cpu: the released sampler's CPU streams (published figures used CUDA's generator)",
-    )
+    add_sampler_flags(p)
     p.add_argument("--distributed", action="store_true", help="several hosts, see launch/")
-    for name, kind in SAMPLER.items():
-        p.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS if name != "num_steps" else "sampler steps")
     return p
 
 
@@ -54,22 +82,10 @@ def main(argv: list[str] | None = None) -> None:
         jax.distributed.initialize()
     from ddo_jax.run import compilation, sampling
 
-    given = {name: getattr(args, name) for name in SAMPLER if getattr(args, name) is not None}
     try:
-        if args.batch < 1:
-            raise UserError(f"--batch: {args.batch}; allowed: at least 1")
-        request = sampling.Request(
-            args.checkpoint,
-            sampling.parse_seeds(args.seeds),
-            args.labels,
-            args.batch,
-            given,
-            args.rng,
-            args.dtype,
-            args.precision,
-        )
+        wanted = request(args, sampling.parse_seeds(args.seeds))
         with compilation.cache():
-            print(f"{sampling.run(request, args.out, args.subdirs)} images written to {args.out}")
+            print(f"{sampling.run(wanted, args.out, args.subdirs)} images written to {args.out}")
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from ddo_jax.errors import UserError
-from ddo_jax.sample import SAMPLER, Parser
+from ddo_jax.sample import Parser, add_sampler_flags, request
 
 RESIZE = {
     "inception": "TF1 bilinear 299, (x - 128) / 128",
@@ -43,9 +43,7 @@ def parser() -> Parser:
     )
     p.add_argument("--num", type=int, help="only so many images: the first seeds; of files a random choice, seed 0")
     p.add_argument("--labels", default="balanced", help="balanced (by position), random (by seed), or a class id")
-    p.add_argument("--rng", default="jax", choices=("jax", "torch-cpu"))
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the sampler's image path")
-    p.add_argument("--precision", default="highest", choices=("default", "high", "highest"), help="of the sampler")
+    add_sampler_flags(p)
     p.add_argument("--batch", type=int, default=64, help="images sampled at a time, over all devices (default: 64)")
     p.add_argument(
         "--network", default="inception", choices=("inception", "digits"), help="features (default: inception)"
@@ -59,8 +57,6 @@ def parser() -> Parser:
     p.add_argument("--split", default="train", help="of a --ref DATASET (default: train)")
     p.add_argument("--data_dir", metavar="DIR", help="of a --ref DATASET (default: $TFDS_DATA_DIR)")
     p.add_argument("--distributed", action="store_true", help="several hosts, see launch/")
-    for name, kind in SAMPLER.items():
-        p.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS if name != "num_steps" else "sampler steps")
     return p
 
 
@@ -105,10 +101,7 @@ def image_job(what: str, num: int | None, levels: int) -> Job:
 
 def checkpoint_jobs(args) -> list[Job]:
     """One job a seed range; the network is loaded and compiled once."""
-    from ddo_jax import sharding
-    from ddo_jax.core.torch_rng import edm_streams
-    from ddo_jax.evaluate import score
-    from ddo_jax.run import load, prepare, sampling
+    from ddo_jax.run import sampling
 
     ranges = args.seeds or ["0-49999"]
     seeds = [sampling.parse_seeds(text) for text in ranges]
@@ -117,60 +110,27 @@ def checkpoint_jobs(args) -> list[Job]:
     if args.num:
         seeds = [s[: args.num] for s in seeds]
         ranges = [f"{s[0]}-{s[-1]}" for s in seeds]
-    given = {name: getattr(args, name) for name in SAMPLER if getattr(args, name) is not None}
-    found = load.find(args.checkpoint)
-    family = load.family_of(found, **{"eval.dtype": args.dtype, "precision": args.precision})
-    settings = load.settings_of(found, family, given)
-    mesh = sharding.make_mesh(1)
-    params, frozen = load.parameters(found, family, mesh)
-    levels = found.config.model.levels if isinstance(found, load.Ours) else 256
-    shape, classes, streams = family.image_shape, family.num_classes, None
-    if args.rng == "torch-cpu":
-
-        def streams(s):
-            latents, _, normals = edm_streams(s, shape, classes, settings.num_steps)
-            return latents, normals
-
-    sampler = score.make_sampler(family, settings, mesh, args.batch, streams)
+    asked = request(args, seeds[0])
+    model = sampling.open_generator(asked)
+    shape, classes = model.family.image_shape, model.family.num_classes
 
     def records(seeds, labels) -> Iterator[dict]:
         at = 0
-        for record in sampler(params, frozen, seeds, labels):
+        for record in model.sampler(model.params, model.frozen, seeds, labels):
             ids = [f"{seed:06d}" for seed in seeds[at : at + len(record["image"])]]
             at += len(ids)
             yield record | {"id": ids}
 
-    made = generated(args, settings, classes, levels)
-    made |= {"weights": prepare.weights_digest(params), "nfe": family.nfe(settings)}
-    labels = [labels_of(args, s, shape, classes) for s in seeds]
-    return [
-        Job(text, len(s), shape, levels, classes, records(s, y), {**made, "seeds": text})
-        for text, s, y in zip(ranges, seeds, labels, strict=True)
-    ]
-
-
-def labels_of(args, seeds: np.ndarray, shape, classes: int) -> np.ndarray:
-    """Of one range, by its own positions: they do not depend on the other ranges."""
-    from ddo_jax.run import sampling
-
-    if args.rng == "torch-cpu" and args.labels == "random" and classes:
-        return sampling.torch_labels(seeds, shape, classes)
-    return sampling.class_labels(args.labels, seeds, classes, args.rng)
-
-
-def generated(args, settings, classes: int, levels: int) -> dict:
-    """How images were generated."""
     rules = {"balanced": "balanced by position", "random": f"random by seed ({args.rng})"}
-    return {
-        "checkpoint": args.checkpoint,
+    made = model.protocol | {
         "labels": rules.get(args.labels, f"class {args.labels}") if classes else "none",
-        "sampler": settings._asdict(),
-        "guidance": None,
-        "rng": args.rng,
-        "dtype": args.dtype,
-        "precision": args.precision,
-        "quantised_to": f"uint8, {levels} levels: floor(x + 1/2) of the clipped value",
+        "quantised_to": f"uint8, {model.levels} levels",
     }
+    jobs = []
+    for text, s in zip(ranges, seeds, strict=True):
+        labels = sampling.labels_of(asked, s, model.family)  # by its own positions, whatever the other ranges
+        jobs.append(Job(text, len(s), shape, model.levels, classes, records(s, labels), {**made, "seeds": text}))
+    return jobs
 
 
 # ----------------------------------------------------------------------------------------------------

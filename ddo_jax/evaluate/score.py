@@ -5,6 +5,7 @@ always runs at one fixed, padded micro-batch, so neither the request's size nor 
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,20 @@ from ddo_jax.evaluate.features import FeatureNet
 Sampler = Callable[..., Iterator[dict[str, np.ndarray]]]
 
 
-def make_sampler(family, settings, mesh, batch: int, streams=None) -> Sampler:
+class Guide(NamedTuple):
+    """A second network that guides the first: D_guide + weight (D - D_guide).
+
+    Attributes:
+      family, params, frozen: of it, as `ddo_jax.load` gives them. weight: 1 switches it off.
+    """
+
+    family: Any
+    params: Any
+    frozen: Any
+    weight: float
+
+
+def make_sampler(family, settings, mesh, batch: int, streams=None, *, guide: Guide | None = None, output="images"):
     """The sampler of a run.
 
     Args:
@@ -26,26 +40,32 @@ def make_sampler(family, settings, mesh, batch: int, streams=None) -> Sampler:
       batch: images per program run, over all devices.
       streams: None for JAX's own streams, or seeds -> (latents [n,H,W,C], normals [steps,n,H,W,C]) on the
         host, both float32 (`sample --rng=torch-cpu`).
+      guide: a second network, or None.
+      output: "images" to look at and to score; "records" to train on (`family.store`: latents stay latents).
 
     Returns:
-      sampler(params, frozen, seeds [N], labels [N]) -> iterator of records {"image": uint8 (or latents)
+      sampler(params, frozen, seeds [N], labels [N]) -> iterator of records {"image": uint8 (or float32 latents)
       [n, ...], "label": int32 [n]} on the host, n <= batch, in order; `params` placed on the mesh.
     """
     spread = sharding.batch_sharding(mesh)
+    weights = None if guide is None or guide.weight == 1 else (guide.params, guide.frozen)
 
-    def program(params, frozen, labels, latents, noise):
-        examples = family.sample((family.project(params), None), frozen, labels, latents, noise, settings)
-        return family.store(frozen, examples)
+    def program(params, frozen, second, labels, latents, noise):
+        other = None if second is None else (guide.family.guide(*second, labels), guide.weight)
+        examples = family.sample((params, other), frozen, labels, latents, noise, settings)
+        if output == "records":
+            return family.store(frozen, examples)
+        return {"image": family.decode(frozen, examples), "label": labels}
 
     @jax.jit
-    def seeded(params, frozen, seeds, labels):
+    def seeded(params, frozen, second, seeds, labels):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), seeds)
         latents = jax.lax.with_sharding_constraint(family.latents(keys), spread)
-        return program(params, frozen, labels, latents, keys)
+        return program(params, frozen, second, labels, latents, keys)
 
     @jax.jit
-    def streamed(params, frozen, labels, latents, noise):  # noise [n, steps, ...]: the batch comes first
-        return program(params, frozen, labels, latents, jnp.swapaxes(noise, 0, 1))
+    def streamed(params, frozen, second, labels, latents, noise):  # noise [n, steps, ...]: the batch comes first
+        return program(params, frozen, second, labels, latents, jnp.swapaxes(noise, 0, 1))
 
     def sampler(params, frozen, seeds, labels):
         seeds, labels = np.asarray(seeds, np.uint32), np.asarray(labels, np.int32)
@@ -55,11 +75,11 @@ def make_sampler(family, settings, mesh, batch: int, streams=None) -> Sampler:
             n = min(batch, len(seeds) - i)
             s, y = (np.resize(x[i : i + n], batch)[rows] for x in (seeds, labels))
             if streams is None:
-                record = seeded(params, frozen, *sharding.put_batch(mesh, (s, y)))
+                record = seeded(params, frozen, weights, *sharding.put_batch(mesh, (s, y)))
             else:
                 latents, normals = streams(s)
                 given = sharding.put_batch(mesh, (y, latents, np.swapaxes(normals, 0, 1)))
-                record = streamed(params, frozen, *given)
+                record = streamed(params, frozen, weights, *given)
             yield {k: sharding.to_host(v)[:n] for k, v in record.items()}
 
     return sampler

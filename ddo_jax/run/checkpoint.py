@@ -7,6 +7,7 @@ good one.
 
 import functools
 import sys
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,11 @@ def digests(tree) -> dict[str, int]:
     """{path of the leaf: digest}."""
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
     return dict(zip(map(jax.tree_util.keystr, paths), _digests(list(leaves)).tolist(), strict=True))
+
+
+def weights_digest(params) -> str:
+    """Eight hex digits over the per-leaf digests of a parameter tree."""
+    return f"{zlib.crc32(repr(sorted(digests(params).items())).encode()):08x}"
 
 
 def _options(read_only: bool) -> ocp.CheckpointManagerOptions:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ddo_jax import convert, files, sharding
 from ddo_jax.convert import names
 from ddo_jax.convert.inert import UnsafeOrDamaged
+from ddo_jax.core.dpm_solver import DPMSettings
 from ddo_jax.errors import UserError
 from ddo_jax.families import FAMILIES, from_released, get_family
 from ddo_jax.families.base import Family
@@ -97,6 +98,8 @@ def save_frozen(root: epath.Path, frozen) -> None:
 def parameters(found: Ours | convert.Released, family: Family, mesh) -> tuple[Any, Any]:
     """(params, frozen) of what `find` found, for a family of the same architecture, placed on the mesh.
 
+    `frozen` is what the network itself holds; `complete` adds the weights of other files.
+
     Raises:
       UserError: damaged, or of another architecture; names the first parameter that differs.
     """
@@ -108,6 +111,15 @@ def parameters(found: Ours | convert.Released, family: Family, mesh) -> tuple[An
             frozen = restore_ema(root / "frozen", 0, sharding.abstract(mesh, frozen))
         return params, frozen
     return sharding.place(mesh, family.imported(found))
+
+
+def complete(family: Family, mesh, frozen: dict) -> dict:
+    """`frozen` with the weights of other files that the family needs (an autoencoder), placed on the mesh.
+
+    Raises:
+      UserError: one of them is not at hand.
+    """
+    return {**frozen, **sharding.place(mesh, family.companions())}
 
 
 def load(what: str) -> Loaded:
@@ -124,7 +136,8 @@ def load(what: str) -> Loaded:
     """
     found, mesh = find(what), sharding.make_mesh(1)
     family = family_of(found)
-    return Loaded(family, *parameters(found, family, mesh))
+    params, frozen = parameters(found, family, mesh)
+    return Loaded(family, params, complete(family, mesh, frozen))
 
 
 def family_of(found: Ours | convert.Released, **overrides) -> Family:
@@ -140,13 +153,18 @@ def family_of(found: Ours | convert.Released, **overrides) -> Family:
 
 
 def settings_of(found: Ours | convert.Released, family: Family, overrides: dict):
-    """The sampler settings a run or a released checkpoint was evaluated with, with overrides."""
+    """The sampler settings a run or a released checkpoint was evaluated with, with overrides.
+
+    Another solver comes with its own usual number of steps: 25 of DPM-Solver-v3.
+    """
     config = configs.base()
     if isinstance(found, Ours):
         config.sampler.update(found.config.sampler)
     else:
         with config.unlocked():
             from_released(config, found)
+    if overrides.get("solver", config.sampler.solver) != config.sampler.solver == "heun":
+        config.sampler.update(num_steps=DPMSettings().num_steps, s_churn=0.0)
     config.sampler.update(overrides)
     return family.settings(config.sampler)
 

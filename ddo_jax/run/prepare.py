@@ -5,7 +5,6 @@ import datetime
 import functools
 import importlib.metadata
 import subprocess
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from ddo_jax import __version__, files, sharding
+from ddo_jax.convert import names
 from ddo_jax.core import frechet
 from ddo_jax.data import sources
 from ddo_jax.errors import UserError
@@ -63,11 +63,6 @@ def versions() -> dict[str, str]:
     return {"commit": commit, **packages, "device": jax.devices()[0].device_kind}
 
 
-def weights_digest(params) -> str:
-    """Eight hex digits over the per-leaf digests of a parameter tree."""
-    return f"{zlib.crc32(repr(sorted(checkpoint.digests(params).items())).encode()):08x}"
-
-
 def make_evaluator(config, workdir, family, frozen, sampler, settings, train):
     """evaluate(params, phase, step, purpose, index) -> (record of one scored set with its whole protocol,
     its first `config.eval.grid` images)."""
@@ -81,13 +76,14 @@ def make_evaluator(config, workdir, family, frozen, sampler, settings, train):
     reals = {"train": train}
     if config.data.holdout:
         reals[config.data.holdout] = sources.open_source(config.data.name, config.data.holdout, config.data.dir)
-    moments, named = make_references(config, network, reals)
+    moments, named = make_references(config, network, reals, family.image_shape)
     numbers = {"report": config.eval.num, "select": config.eval.select_num or config.eval.num}
     protocol = {
         "labels": "balanced by position" if family.num_classes else "none",
         "sampler": {k: v for k, v in config.sampler.items()},
         "nfe": family.nfe(settings),
         "guidance": None,
+        "ema": {section: ema_length(config[section]) for section in ("pretrain", "ddo")},
         "quantised_to": f"{config.model.levels} levels",
         "features": f"{network.name} {network.digest}",
         "scale": network.scale,
@@ -104,13 +100,18 @@ def make_evaluator(config, workdir, family, frozen, sampler, settings, train):
         values, images = score.score(network, moments, records, keep=config.eval.grid)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         drawn = {"purpose": purpose, "n_samples": num, "seeds": [int(seeds[0]), int(seeds[-1])], "time": now}
-        made = {**drawn, "weights": weights_digest(params), **protocol}
+        made = {**drawn, "weights": checkpoint.weights_digest(params), **protocol}
         return {"phase": phase, "step": at, "metric": network.named(num), **values, "protocol": made}, images
 
     return evaluate, network.named(numbers["select"])
 
 
-def make_references(config, network, reals) -> tuple[dict, dict]:
+def ema_length(c) -> str:
+    """Of the average that a phase is judged by."""
+    return f"power function, std {c.ema_stds[0]}" if c.ema_stds else f"half-life {c.ema_mimg:g} million images"
+
+
+def make_references(config, network, reals, shape) -> tuple[dict, dict]:
     """({name: moments of real images}, {name: what they are of}); the first one selects.
 
     Statistics of a file (`config.eval.reference`) take the place of the training set's; those that are computed
@@ -123,8 +124,9 @@ def make_references(config, network, reals) -> tuple[dict, dict]:
     moments, named = {}, {}
     for name, source in reals.items():
         if name == "train" and config.eval.reference:
-            length = network.apply(np.zeros((1, *source.image_shape), np.uint8))["features"].shape[1]
-            found = references.open_reference(config.eval.reference, {metric: length}, {owner: network})
+            length = network.apply(np.zeros((1, *shape), np.uint8))["features"].shape[1]
+            path = names.resolve(config.eval.reference)
+            found = references.open_reference(path, {metric: length}, {owner: network})
             moments[name] = dataclasses.asdict(found.gaussians[metric])
             named[name] = f"{found.name} {found.digest}"
         else:
@@ -142,7 +144,7 @@ def step_factory(config, family, mesh):
     def build(objective: str, total: int, warmup: float, section: str):
         c = config[section]
         tx = state.optimizer(c)
-        shapes = jax.eval_shape(lambda k: state.new_state(family.init(k)[0], tx), jax.random.key(0))
+        shapes = jax.eval_shape(lambda k: state.new_state(family.init(k)[0], tx, c.ema_stds), jax.random.key(0))
         return step.make_step(family, c, tx, mesh, shapes, objective=objective, warmup=warmup, total=total * c.batch)
 
     return lambda p: build(p.objective, p.total, p.warmup, p.section)
@@ -197,20 +199,41 @@ def check(config) -> Checked:
     """Everything that can be refused before the workdir is touched.
 
     Raises:
-      UserError: see `config.validate`, `sources.open_source`, `check_data`, `load.find`.
+      UserError: see `config.validate`, `load.find`, `sources.open_source`, `check_data`.
     """
     family, settings, mesh = check_network(config)
     if config.eval.network == "digits" and config.data.name != "digits":
         raise UserError(f"config.eval.network: 'digits' judges digits only, not {config.data.name}; allowed: inception")
-    features.check(config.eval.network, config.eval.weights)
-    if config.eval.reference and not epath.Path(config.eval.reference).exists():
-        raise UserError(f"config.eval.reference: {config.eval.reference}: no such file; unset it to compute statistics")
-    init = None if config.init == "scratch" else load.find(config.init)
+    init = None if config.init == "scratch" else find_start(config.init)
+    family.companions()
     data = sources.open_source(config.data.name, config.data.split, config.data.dir)
     check_data(config, family, data)
+    latent = data.image_shape != family.image_shape
     if config.data.holdout:
+        _refuse_latents(latent, "data.holdout", config.data.holdout, "'': they are not decoded to be scored")
         sources.open_source(config.data.name, config.data.holdout, config.data.dir)
+    features.check(config.eval.network, config.eval.weights)
+    if config.eval.reference:
+        names.resolve(config.eval.reference)
+    _refuse_latents(latent and not config.eval.reference, "eval.reference", "unset", "statistics of real images")
     return Checked(family, settings, mesh, data, init)
+
+
+def _refuse_latents(wrong: bool, key: str, value, allowed: str) -> None:
+    if wrong:
+        raise UserError(f"config.{key}: {value!r}; allowed with a data set of latents: {allowed}")
+
+
+def find_start(what: str):
+    """`load.find` of config.init; the message says how to give a file.
+
+    Raises:
+      UserError: not at hand.
+    """
+    try:
+        return load.find(what)
+    except UserError as e:
+        raise UserError(f"{e}; --config.init=FILE takes a local file, --dry_run lists all that is missing") from None
 
 
 def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.Setup:
@@ -220,15 +243,20 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.
       UserError: see `check`, `open_workdir`.
     """
     family, settings, mesh, data, init = check(config)
-    params, frozen = None, None
     if init is not None:
-        params, frozen = load.parameters(init, family, mesh)
+        params, own = load.parameters(init, family, mesh)
     else:
-        frozen = load.initial_frozen(family, mesh, config.seed)
+        params, own = None, load.initial_frozen(family, mesh, config.seed)
+    frozen = load.complete(family, mesh, own)
+    inputs = {"data": data.fingerprint, "start": "scratch" if params is None else checkpoint.weights_digest(params)}
+    inputs |= {name: checkpoint.weights_digest(frozen[name]) for name in frozen if name not in own}
     workdir = open_workdir(config, workdir)
-    check_inputs(workdir, {"data": data.fingerprint, "start": "scratch" if params is None else weights_digest(params)})
-    load.save_frozen(workdir, frozen)
+    check_inputs(workdir, inputs)
+    load.save_frozen(workdir, own)
     sampler = score.make_sampler(family, settings, mesh, config.eval.batch)
+    fakes = sampler  # pixels are stored as they are looked at: one program for both
+    if len(family.record_shapes) > 1:
+        fakes = score.make_sampler(family, settings, mesh, config.eval.batch, output="records")
     evaluate, metric = make_evaluator(config, workdir, family, frozen, sampler, settings, data)
     tools = loop.Tools(
         family=family,
@@ -237,22 +265,22 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.
         data=data,
         flip=config.data.flip,
         step_for=step_factory(config, family, mesh),
-        ratio=step.make_ratio(family, config.ddo, frozen),
+        ratio=step.make_ratio(family, config.ddo),
         evaluate=evaluate,
         levels=config.model.levels,
         metric=metric,
         log=config.log,
         console=console,
     )
-    return rounds.Setup(config, workdir, tools, sampler, params)
+    return rounds.Setup(config, workdir, tools, sampler, fakes, params)
 
 
 def check_data(config, family, data) -> None:
     """The data must have the shape, the classes and the grey levels that the network is built for."""
-    if data.image_shape != family.image_shape:
+    if data.image_shape not in family.record_shapes:
         raise UserError(
-            f"config.model: images of {family.image_shape}, but {data.name} has {data.image_shape}; "
-            "set model.img_resolution and model.img_channels"
+            f"config.model: takes {' or '.join(map(str, family.record_shapes))}, but {data.name} has "
+            f"{data.image_shape}; set model.img_resolution and model.img_channels"
         )
     if family.num_classes not in (0, data.num_classes):
         raise UserError(

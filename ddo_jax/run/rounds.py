@@ -25,12 +25,14 @@ from ddo_jax.run.checkpoint import restore_ema
 
 
 class Setup(NamedTuple):
-    """A prepared run: what its phases share, the sampler, the start if it is not scratch (`prepare.prepare`)."""
+    """A prepared run (`prepare.prepare`): what its phases share, the samplers of images and of fakes, the start if
+    it is not scratch."""
 
     config: Any
     workdir: epath.Path
     tools: loop.Tools
     sampler: Any
+    fakes: Any
     init: Any = None
 
 
@@ -44,9 +46,10 @@ def phase(
     objective="mle",
     lr=None,
     grid=(1.0, 1.0),
+    noise=None,
     **rest,
 ) -> loop.Phase:
-    """A phase of the config's section ("pretrain", "ddo", "control")."""
+    """A phase of the config's section ("pretrain", "ddo", "control"). grid: (alpha, beta); noise: (P_mean, P_std)."""
     c, examples = setup.config[section], len(setup.tools.data)
 
     def steps(key):
@@ -58,7 +61,7 @@ def phase(
         section=section,
         config=c,
         objective=objective,
-        hyper=step.Hyper(*map(float, (*grid, c.lr if lr is None else lr)), (float(c.p_mean), float(c.p_std))),
+        hyper=step.Hyper(*map(float, (*grid, c.lr if lr is None else lr)), noise or noise_levels(c)),
         total=steps("length") if total is None else total,
         warmup=(steps("warmup") or 0) * c.batch,
         eval_every=steps("eval_every"),
@@ -66,6 +69,28 @@ def phase(
         start=start,
         **rest,
     )
+
+
+def noise_levels(c, number: int = 0) -> tuple[float, float]:
+    """(P_mean, P_std) of a phase; of round `number` (from 1 on) where the config changes P_std between rounds."""
+    later = [p_std for first, p_std in c.get("p_std_from", ()) if number >= first]
+    return float(c.p_mean), float(later[-1] if later else c.p_std)
+
+
+def anchors(family, mesh, params):
+    """(start of the target, reference) of a round from the best parameters of the last one, both projected.
+
+    The step projects the target before every forward pass. The reference must be projected alike, or r is a constant
+    below 0 at the start (specs/edm2.md section 8); after two projections a further one changes nothing, and the
+    reference is the very projection of the start: r is 0 at step 0.
+    """
+
+    def both(params):
+        start = family.project(family.project(params, "ddo"), "ddo")
+        return start, family.project(start, "ddo")
+
+    rule = sharding.tree_sharding(mesh, params)
+    return jax.jit(both, out_shardings=(rule, rule))(params)
 
 
 def divide(setup: Setup, tasks: list[search.Task]) -> list[dict]:
@@ -108,7 +133,7 @@ def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
     progress = record.Progress(f"rounds/{index + 1:03d}/pool", chunks - len(missing), chunks)
     for done, i in enumerate(missing, chunks - len(missing) + 1):
         rows = slice(i * size, (i + 1) * size)
-        (chunk,) = setup.sampler(ref, tools.frozen, seeds[rows], labels[rows])
+        (chunk,) = setup.fakes(ref, tools.frozen, seeds[rows], labels[rows])
         if jax.process_index() == 0:
             pools.write_chunk(directory, i, chunk["image"], chunk["label"])
         tools.console.status(progress.text(done), done=done == chunks)
@@ -153,6 +178,9 @@ def _compete(setup: Setup, name: str, index: int, ref) -> dict:
     pool_task = search.Task(directory / "pool", lambda: make_pool(setup, directory / "pool", ref, index))
     start, _ = divide(setup, [start_task, pool_task])
 
+    first, anchor = anchors(tools.family, tools.mesh, ref)
+    noise = noise_levels(c.ddo, index + 1)
+
     @functools.cache  # opened by a job that has a candidate to train, not by one that finds all of them done
     def fakes():
         return pools.open_pool(directory / "pool")
@@ -162,10 +190,11 @@ def _compete(setup: Setup, name: str, index: int, ref) -> dict:
             setup,
             "ddo",
             f"{name}/{candidate_name(alpha, beta)}",
-            ref,
+            first,
             objective="ddo",
             grid=(alpha, beta),
-            ref=ref,
+            noise=noise,
+            ref=anchor,
             fakes=fakes,
             seed=c.seed + 1000 * (index + 1),
             select=index,
@@ -173,7 +202,7 @@ def _compete(setup: Setup, name: str, index: int, ref) -> dict:
         for alpha, beta in itertools.product(c.ddo.alpha, c.ddo.beta)
     ]
     best = best_candidate(setup, candidates)
-    divide(setup, [search.Task(directory / "ratios", lambda: ratios(setup, directory, best, ref, fakes()))])
+    divide(setup, [search.Task(directory / "ratios", lambda: ratios(setup, directory, best, anchor, fakes(), noise))])
     before, after = start[tools.metric], best[tools.metric]
     improved = after < before
     text = f"{tools.metric} {before:.3f} -> {after:.3f} ({best['candidate']}, step {best['step']})"
@@ -181,7 +210,7 @@ def _compete(setup: Setup, name: str, index: int, ref) -> dict:
     return {"round": index + 1, "improved": improved, "start": before, **best}
 
 
-def ratios(setup: Setup, directory: epath.Path, best: dict, ref, fakes, num: int = 1024) -> dict:
+def ratios(setup: Setup, directory: epath.Path, best: dict, ref, fakes, noise, num: int = 1024) -> dict:
     """Log-ratios of real and fake images under the round's best parameters, for the report's histogram."""
     tools, c = setup.tools, setup.config
     params = restore_ema(directory / best["candidate"] / "checkpoints", best["step"], abstract_params(setup))
@@ -189,7 +218,8 @@ def ratios(setup: Setup, directory: epath.Path, best: dict, ref, fakes, num: int
     for name, source in (("real", tools.data), ("fake", fakes)):
         reader = batches(source, c.ddo.batch, c.seed, host=jax.process_index(), hosts=jax.process_count())
         keys = jax.random.split(state.derive(c.seed, "ratios"), -(-num // c.ddo.batch))
-        parts = [tools.ratio(params, ref, sharding.put_batch(tools.mesh, next(reader)), key) for key in keys]
+        records = (sharding.put_batch(tools.mesh, next(reader)) for _ in keys)
+        parts = [tools.ratio(params, ref, tools.frozen, r, key, noise) for r, key in zip(records, keys, strict=True)]
         found[name] = np.concatenate([sharding.to_host(r) for r in parts])[:num].tolist()
     return {"candidate": best["candidate"], "step": best["step"], **found}
 
@@ -220,7 +250,7 @@ def best_candidate(setup: Setup, candidates: list[loop.Phase]) -> dict:
 
 
 def tidy(directory: epath.Path, best: dict) -> dict:
-    """Delete the pool and all checkpoints of a finished round but its best."""
+    """Delete the pool and all checkpoints of a finished round but its best; snapshots of averages stay."""
     removed = []
     if jax.process_index() == 0:
         kept = directory / best["candidate"] / "checkpoints" / str(best["step"]) if best["improved"] else None

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from ddo_jax.data.labels import balanced_labels
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate import score
 from ddo_jax.run import load
+from ddo_jax.run.checkpoint import weights_digest
 
 
 class Request(NamedTuple):
@@ -25,6 +26,7 @@ class Request(NamedTuple):
       checkpoint: WHAT (`ddo_jax.run.load`). seeds: [N]. labels: "balanced", "random" or a class id.
       batch: images per program run. sampler: overrides of the checkpoint's sampler settings.
       rng: "jax" or "torch-cpu". dtype: of the image path. precision: of matrix products.
+      guide: WHAT of a second network, or None. guidance: its weight; 1: the guide is not used.
     """
 
     checkpoint: str
@@ -35,6 +37,25 @@ class Request(NamedTuple):
     rng: str = "jax"
     dtype: str = "float32"
     precision: str = "highest"
+    guide: str | None = None
+    guidance: float = 1.0
+
+
+class Generator(NamedTuple):
+    """A model that is ready to sample: what `open_generator` makes of a request.
+
+    Attributes:
+      family, settings, params, frozen, levels: of the main network. sampler: of `score.make_sampler`.
+      protocol: how its images are made, for records.
+    """
+
+    family: Any
+    settings: Any
+    params: Any
+    frozen: Any
+    levels: int
+    sampler: Any
+    protocol: dict
 
 
 def parse_seeds(text: str) -> np.ndarray:
@@ -81,42 +102,89 @@ def torch_labels(seeds: np.ndarray, shape, num_classes: int) -> np.ndarray:
     return labels
 
 
-def generate(request: Request, skip=None) -> tuple[Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]], int]:
-    """(iterator of (seeds, labels, images uint8 [n,H,W,C]), grey levels) of a request.
+def open_guide(request: Request, main, mesh) -> score.Guide | None:
+    """The request's second network, or None.
 
-    Args:
-      skip: seed -> whether its image exists already; or None.
+    Raises:
+      UserError: the networks do not fit together.
+    """
+    if request.guide is None:
+        return None
+    found = load.find(request.guide)
+    family = load.family_of(found, **{"eval.dtype": request.dtype, "precision": request.precision})
+    here, there = ((f.record_shapes, f.num_classes) for f in (main, family))
+    if here[0] != there[0] or there[1] not in (0, here[1]):
+        raise UserError(
+            f"--guide: {request.guide} has records {there[0]} and {there[1]} classes; allowed: {here[0]} and "
+            f"{here[1]} or 0, as the main network"
+        )
+    params, frozen = load.parameters(found, family, mesh)
+    return score.Guide(family, params, frozen, float(request.guidance))
+
+
+def open_generator(request: Request) -> Generator:
+    """Load the network (and its guide) of a request and make its sampler.
+
+    Raises:
+      UserError: what cannot be loaded or sampled.
     """
     found = load.find(request.checkpoint)
     family = load.family_of(found, **{"eval.dtype": request.dtype, "precision": request.precision})
     settings = load.settings_of(found, family, request.sampler)
     mesh = sharding.make_mesh(1)
     params, frozen = load.parameters(found, family, mesh)
-    streams = None
+    frozen = load.complete(family, mesh, frozen)
+    guide, streams = open_guide(request, family, mesh), None
     if request.rng == "torch-cpu":
 
         def streams(seeds):
             latents, _, normals = edm_streams(seeds, family.image_shape, family.num_classes, settings.num_steps)
             return latents, normals
 
-    labels_from_torch = request.rng == "torch-cpu" and request.labels == "random" and family.num_classes
-    if labels_from_torch:
-        labels = torch_labels(request.seeds, family.image_shape, family.num_classes)
-    else:
-        labels = class_labels(request.labels, request.seeds, family.num_classes, request.rng)
+    sampler = score.make_sampler(family, settings, mesh, request.batch, streams, guide=guide)
+    guidance = None
+    if guide is not None:
+        guidance = {"weight": guide.weight, "guide": request.guide, "weights": weights_digest(guide.params)}
+    protocol = {
+        "checkpoint": request.checkpoint,
+        "weights": weights_digest(params),
+        "sampler": settings._asdict(),
+        "nfe": family.nfe(settings) * (1 if guide is None else 2),
+        "guidance": guidance,
+        "rng": request.rng,
+        "dtype": request.dtype,
+        "precision": request.precision,
+    }
+    levels = found.config.model.levels if isinstance(found, load.Ours) else 256
+    return Generator(family, settings, params, frozen, levels, sampler, protocol)
+
+
+def labels_of(request: Request, seeds: np.ndarray, family) -> np.ndarray:
+    """One label a seed of a list of seeds, by the request's rule."""
+    if request.rng == "torch-cpu" and request.labels == "random" and family.num_classes:
+        return torch_labels(seeds, family.image_shape, family.num_classes)
+    return class_labels(request.labels, seeds, family.num_classes, request.rng)
+
+
+def generate(request: Request, skip=None) -> tuple[Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]], int]:
+    """(iterator of (seeds, labels, images uint8 [n,H,W,C]), grey levels) of a request.
+
+    Args:
+      skip: seed -> whether its image exists already; or None.
+    """
+    model = open_generator(request)
+    labels = labels_of(request, request.seeds, model.family)
     wanted = np.array([i for i, seed in enumerate(request.seeds) if skip is None or not skip(int(seed))], np.int64)
-    sampler = score.make_sampler(family, settings, mesh, request.batch, streams)
 
     def pieces():
         seeds, chosen = request.seeds[wanted], labels[wanted]
         at = 0
-        for record in sampler(params, frozen, seeds, chosen):
+        for record in model.sampler(model.params, model.frozen, seeds, chosen):
             n = len(record["image"])
             yield seeds[at : at + n], record["label"], record["image"]
             at += n
 
-    levels = found.config.model.levels if isinstance(found, load.Ours) else 256
-    return pieces(), levels
+    return pieces(), model.levels
 
 
 def png_path(out: epath.Path, seed: int, subdirs: bool) -> epath.Path:
@@ -146,6 +214,8 @@ def same_request(request: Request, out: epath.Path) -> None:
     """
     wanted = {k: v for k, v in request._asdict().items() if k not in ("seeds", "batch")}
     wanted["weights"] = load.fingerprint(request.checkpoint)
+    if request.guide is not None:
+        wanted["guide_weights"] = load.fingerprint(request.guide)
     if request.labels == "balanced":  # labels go by the position in the list of seeds
         wanted["first_seed"] = int(request.seeds[0])
     have = files.read_json(out / "request.json")

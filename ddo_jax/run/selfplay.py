@@ -9,8 +9,8 @@ from ddo_jax.convert import safetensors
 from ddo_jax.data import sources
 from ddo_jax.evaluate import score
 from ddo_jax.run import record, report, rounds, search
-from ddo_jax.run.checkpoint import Checkpoints
-from ddo_jax.run.prepare import prepare, weights_digest
+from ddo_jax.run.checkpoint import Checkpoints, weights_digest
+from ddo_jax.run.prepare import prepare
 from ddo_jax.run.rounds import Setup
 
 
@@ -51,10 +51,12 @@ def final_scores(setup: Setup, name: str, params) -> dict:
         evals = []
         for i in range(c.eval.report_seeds):
             evals.append({"images": 0, **tools.evaluate(params, name, 0, "report", i)[0]})
-        images = samples(setup, params, min(c.eval.num, 1024))
-        nearest = score.nearest_distance(images, score.some_images(tools.data), c.model.levels)
         text = report.mean_and_spread([e[e["metric"]] for e in evals])
         tools.console.line(f"{report.NAMES[name]}: {evals[0]['metric']} {text}")
+        if tools.data.image_shape != tools.family.image_shape:  # latents: no images to compare with
+            return {"evals": evals}
+        images = samples(setup, params, min(c.eval.num, 1024))
+        nearest = score.nearest_distance(images, score.some_images(tools.data), c.model.levels)
         return {"evals": evals, "nearest": nearest}
 
     (result,) = rounds.divide(setup, [search.Task(setup.workdir / "report" / "scores" / name, run)])

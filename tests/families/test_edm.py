@@ -10,7 +10,7 @@ import pytest
 
 from ddo_jax.errors import UserError
 from ddo_jax.families import get_family
-from ddo_jax.families.edm import to_uint8, to_unit
+from ddo_jax.families.codecs import Pixels, to_uint8, to_unit
 from ddo_jax.run.config import base
 
 B = 4
@@ -76,7 +76,7 @@ def test_no_label_is_the_zero_row(batch):
     from ddo_jax.families.edm import EDM, build_network
 
     model = config().model.to_dict()
-    edm = EDM(build_network(model), model, "highest", "float32", 0.0)
+    edm = EDM(build_network(model), Pixels((8, 8, 1), 17), model, "highest", "float32")
     one_hot = np.asarray(edm.one_hot(jnp.array([0, 9, 10])))
     np.testing.assert_array_equal(one_hot, np.stack([np.eye(10)[0], np.eye(10)[9], np.zeros(10)]))
 

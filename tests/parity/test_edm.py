@@ -17,7 +17,7 @@ import pytest
 
 from ddo_jax.convert import from_torch, to_torch
 from ddo_jax.core import ddo, edm, samplers
-from ddo_jax.families.edm import to_uint8
+from ddo_jax.families.codecs import to_uint8
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 DDPMPP = "edm_ddpmpp_small"

@@ -5,6 +5,7 @@ pull-back, to which the losses are chained. The reference's training mode is the
 parameters. `pytest -s` prints the errors.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddo_jax import sharding
 from ddo_jax.convert import from_torch, to_torch
 from ddo_jax.core import ddo, edm, samplers
-from ddo_jax.core.ema import ema_update
-from ddo_jax.core.phema import power_beta
 from ddo_jax.data.labels import balanced_labels
+from ddo_jax.families.codecs import Pixels
+from ddo_jax.families.edm2 import EDM2
 from ddo_jax.models import edm2
+from ddo_jax.run import config, state, step
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 TOLERANCE = {"out": 1e-5, "grad": 5e-4, "loss": 1e-5, "logp": 1e-5, "norm": 1e-5, "cosdot": 2e-4}  # relative
@@ -343,35 +346,61 @@ def test_ddo(small, mode):
         assert not gradients["logvar_linear"]["weight"].any()
 
 
-def adam(params, gradients, moments, step, lr):
-    """Adam(0.9, 0.99), bias-corrected, ε 1e-8 outside the root."""
-    m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, moments[0], gradients)
-    v = jax.tree.map(lambda v, g: 0.99 * v + 0.01 * g * g, moments[1], gradients)
+def record(run, prefix, side):
+    return {"image": run.get(f"{prefix}{side}"), "label": jnp.argmax(run.get(f"{prefix}lab_{side}"), 1)}
 
-    def update(p, m, v):
-        return p - lr * (m / (1 - 0.9**step)) / (jnp.sqrt(v / (1 - 0.99**step)) + 1e-8)
 
-    return jax.tree.map(update, params, m, v), (m, v)
+@pytest.fixture(scope="module")
+def family(small):
+    """The golden network as the product's family; its images are examples already, and its draws come as `noise`."""
+    codec = Pixels((16, 16, 3), 256)
+    made = EDM2(small.module, codec, small.config, "highest", "float32").family("edm2")
+    return dataclasses.replace(
+        made,
+        encode=lambda frozen, record, key: {"x": record["image"], "label": record["label"]},
+        draw=lambda key, n, noise: dict(zip(("sigma", "eps"), noise, strict=True)),
+    )
 
 
 @pytest.mark.slow
-def test_trajectory(small):
-    """Three whole DDO steps: Π, gradient at Π(θ), Adam from Π(θ), EMA of the unprojected result (form A)."""
-    params, size = jax.tree.map(jnp.asarray, small.params), int(small.golden["traj/batch_size"])
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    emas, moments, losses = {0.05: params, 0.1: params}, (zeros, zeros), []
+def test_trajectory(small, family):
+    """Three steps of the trainer: Π, gradient at Π(θ), Adam from Π(θ), two EMAs of the unprojected result (form A)."""
+    size = int(small.golden["traj/batch_size"])
+    c = config.base().ddo
+    c.batch, c.b1, c.b2, c.ema_stds = size, 0.9, 0.99, (0.05, 0.1)
+    tx, mesh = state.optimizer(c), sharding.make_mesh()
+    frozen, ref = {"buffers": small.buffers}, sharding.place(mesh, small.ref)
+    running = sharding.place(mesh, state.new_state(jax.tree.map(jnp.asarray, small.params), tx, c.ema_stds))
+    shapes = jax.eval_shape(lambda: running)
+    advance = step.make_step(family, c, tx, mesh, shapes, objective="ddo", warmup=0.0, total=3.0 * size)
+    losses = []
     for i, lr in enumerate(small.golden["traj/lr"]):
-        params = small.project(params)
-        real, fake = ddo_batch(small, f"traj/{i}/", params, small.ref)
-        loss, gradients = ddo_gradients(small, params, real, fake, 4.0, 0.05)
+        at = f"traj/{i}/"
+        noise = (small.get(f"{at}sigma"), small.get(f"{at}noise"))
+        totals = sharding.replicate(mesh, step.zero_totals("ddo"))
+        sides = [record(small, at, side) for side in ("real", "fake")]
+        hyper = step.Hyper(4.0, 0.05, float(lr), noise)
+        with jax.numpy_dtype_promotion("standard"):  # optax
+            running, totals = advance(running, totals, ref, frozen, *sides, jax.random.key(0), hyper)
+        loss = sum(totals[k][0] / totals[k][1] for k in ("loss_real", "loss_fake"))
         losses.append(loss)
-        params, moments = adam(params, gradients, moments, i + 1, float(lr))
-        emas = {std: ema_update(ema, params, power_beta(i * size, size, std)) for std, ema in emas.items()}
-        for name, tree in {"param": params, "ema0.050": emas[0.05], "ema0.100": emas[0.1]}.items():
-            (norm, cosdot), scale = small.statistics(tree), small.golden[f"traj/{i}/{name}_norm"]
-            small.check(f"traj/{i}/{name}_norm", norm, "norm", np.maximum(scale, 1e-6))
-            small.check(f"traj/{i}/{name}_cosdot", cosdot, "cosdot", np.maximum(scale, 1e-6))
+        trees = {"param": running["params"], "ema0.050": running["ema"], "ema0.100": running["emas"]["0.100"]}
+        for name, tree in trees.items():
+            (norm, cosdot), scale = small.statistics(tree), small.golden[f"{at}{name}_norm"]
+            small.check(f"{at}{name}_norm", norm, "norm", np.maximum(scale, 1e-6))
+            small.check(f"{at}{name}_cosdot", cosdot, "cosdot", np.maximum(scale, 1e-6))
     small.check("traj/loss", np.array(losses), "step")
+
+
+@pytest.mark.slow
+def test_the_familys_pretraining_loss(small, family):
+    """Breaks if mle_loss forgets a logvar, counts it once an image, or takes a mean over the pixels."""
+    sigma = edm.noise_level(small.get("edm2loss/rnd_normal").reshape(-1), -0.4, 1.0)
+    draws = {"sigma": sigma, "eps": small.get("edm2loss/noise_unit")}
+    examples = {"x": small.get("edm2loss/images"), "label": jnp.argmax(small.get("edm2loss/labels"), 1)}
+    params = family.project(small.params, "mle")
+    loss = jax.jit(family.mle_loss)(params, {"buffers": small.buffers}, examples, draws, jax.random.key(0))
+    small.check("edm2loss/train/per_sample_sum", loss, "loss")
 
 
 def test_projected_target_and_reference_agree_at_the_start(small):
@@ -399,17 +428,17 @@ def test_heun(small, guided):
 
     @jax.jit
     def network(x, sigma):
-        d = small.module.apply(variables, x, sigma, labels)
-        if not guided:
-            return d
-        weak = guide.apply(guide_variables, x, sigma, labels)
-        return weak + 1.5 * (d - weak)
+        return small.module.apply(variables, x, sigma, labels)
+
+    @jax.jit
+    def weak(x, sigma):
+        return guide.apply(guide_variables, x, sigma, labels)
 
     def denoise(x, sigma):
         states.append((x, sigma[0]))
-        return network(x, sigma)
+        return (samplers.guided(network, weak, 1.5) if guided else network)(x, sigma)
 
-    x = samplers.heun_sample(denoise, noise, samplers.HeunSettings(num_steps=8), scan=False)
+    x = samplers.heun_sample(denoise, noise, samplers.HeunSettings(num_steps=8, grid="float32"), scan=False)
     assert len(states) == 15
     check(golden, f"{key}/x_final", x, "samp")
     check(golden, f"{key}/x_eval", np.stack([x for x, _ in states]), "samp")

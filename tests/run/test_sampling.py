@@ -85,6 +85,32 @@ def test_bfloat16_is_close_and_not_equal(released):
     assert 0 < error.mean() < 8
 
 
+def test_dpm_solver(released):
+    """Breaks if --solver=dpmv3 is not used, or does not come with its own number of steps."""
+    found = load.find(str(released))
+    family = load.family_of(found)
+    assert family.nfe(load.settings_of(found, family, {"solver": "dpmv3"})) == 25
+    assert family.nfe(load.settings_of(found, family, {"solver": "dpmv3", "num_steps": 7})) == 7
+    heun = images(released, batch=16)[2].astype(int)
+    flags = dict(sampler={"solver": "dpmv3", "num_steps": 8}, batch=16)
+    pieces = sampling.generate(sampling.Request(str(released), np.arange(16), **flags))[0]
+    made = np.concatenate([x for _, _, x in pieces]).astype(int)
+    assert made.shape == heun.shape and 0 < np.abs(made - heun).mean() < 128
+
+
+def test_guidance(released, tmp_path):
+    """Breaks if the guide's weights are not used, or guidance by the network itself changes its images."""
+    plain, own = images(released, batch=16)[2].astype(int), str(released)
+    same = images(released, batch=16, guide=own, guidance=1.5)[2].astype(int)
+    assert np.abs(same - plain).max() <= 1 and (same != plain).mean() < 1e-2
+    found = convert.read(released)
+    half = {k: v * np.float32(0.5) if k.endswith(".weight") else v for k, v in found.state_dict.items()}
+    weak = tmp_path / "weak.safetensors"
+    weak.write_bytes(safetensors.dumps(half, {k: found.extras["metadata"][k] for k in found.extras["metadata"]}))
+    guided = images(released, batch=16, guide=str(weak), guidance=1.5)[2].astype(int)
+    assert np.abs(guided - plain).mean() > 0.5
+
+
 def test_folder_is_continued(released, tmp_path, capsys):
     """Breaks if a restart makes every image again, or leaves a hole."""
     flags = [f"--checkpoint={released}", f"--out={tmp_path / 'out'}", "--num_steps=2", "--batch=4"]
@@ -123,6 +149,11 @@ def test_npz_for_other_evaluators(released, tmp_path):
         (["--num_steps=1"], "num_steps is 1"),
         (["--batch=0"], "--batch: 0; allowed: at least 1"),
         (["--rng=cuda"], "invalid choice: 'cuda'"),
+        (["--solver=euler"], "invalid choice: 'euler'"),
+        (["--guidance=1.5"], "--guide=None with --guidance=1.5: set --guide=WHAT, too"),
+        (["--guide=x"], "--guide=x with --guidance=1.0: set --guidance=1.4 or another weight, too"),
+        (["--guidance=nan", "--guide=x"], "--guidance: nan; allowed: a finite number"),
+        (["--solver=dpmv3", "--num_steps=200"], "config.sampler: "),
     ],
 )
 def test_mistakes_are_one_line(released, tmp_path, capsys, flags, words):

@@ -10,7 +10,7 @@ import pytest
 import ddo_jax
 from ddo_jax import files
 from ddo_jax.errors import UserError
-from ddo_jax.run import prepare, rounds, selfplay
+from ddo_jax.run import checkpoint, prepare, rounds, selfplay
 from ddo_jax.run.checkpoint import restore_ema
 
 
@@ -137,9 +137,9 @@ def test_the_best_step_of_the_best_candidate_wins(setup, new_workdir):
         assert kept == [best] if keep == "best" else len(kept) == 4 and best in kept
         assert bool(list((workdir / "rounds/001/pool").glob("chunk-*"))) == (keep == "all")
         assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(ref), jax.tree.leaves(after), strict=True))
-        scores[keep] = prepare.weights_digest(after)
+        scores[keep] = checkpoint.weights_digest(after)
     assert scores["best"] == scores["all"]  # and the second time: a run is a function of its config
-    assert prepare.weights_digest(rounds.play_round(own, 0, ref)[0]) == scores["all"]  # from the files
+    assert checkpoint.weights_digest(rounds.play_round(own, 0, ref)[0]) == scores["all"]  # from the files
 
 
 def test_interrupted_pruning_is_finished(setup, new_workdir):

@@ -1,0 +1,159 @@
+"""What a record of the data is to a diffusion network: pixels, or latents of an SD-VAE (specs/edm2.md section 12).
+
+A codec turns stored arrays into the x that the network sees (float32, standard deviation about sigma_data) and back.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddo_jax import convert
+from ddo_jax.convert import names
+from ddo_jax.convert.inert import UnsafeOrDamaged
+from ddo_jax.errors import UserError
+
+DECODED_TOGETHER = 4  # images a device: the VAE's activations at 512 x 512 are 0.1 GB each
+
+
+def to_unit(image, levels: int):
+    """uint8 with `levels` grey levels 0..levels-1 -> float32 in [-1, 1] (256 levels: x/127.5 - 1)."""
+    return image.astype(jnp.float32) / ((levels - 1) / 2) - 1
+
+
+def to_uint8(x, levels: int):
+    """The inverse, rounded to nearest: trunc(clip(127.5 x + 128, 0, 255)) at 256 levels."""
+    half = (levels - 1) / 2
+    return jnp.clip(half * x.astype(jnp.float32) + (half + 0.5), 0, levels - 1).astype(jnp.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """x = pixels in [-1, 1].
+
+    Attributes:
+      image_shape: (H, W, C). levels: grey levels of the data; samples are quantised to them.
+    """
+
+    image_shape: tuple[int, int, int]
+    levels: int
+
+    @property
+    def record_shapes(self) -> tuple:
+        return (self.image_shape,)
+
+    def companions(self) -> dict:
+        return {}
+
+    def encode(self, frozen, image, key):
+        return to_unit(image, self.levels)
+
+    def store(self, x):
+        return to_uint8(x, self.levels)
+
+    def decode(self, frozen, x):
+        return to_uint8(x, self.levels)
+
+
+@functools.cache
+def autoencoder(what: str):
+    """(AutoencoderKL, its parameters as float32) of a file, known name or address; read once.
+
+    Raises:
+      UserError: not at hand, damaged, or something else than an SD-VAE.
+    """
+    try:
+        released = convert.read(names.resolve(what))
+        if released.kind != "sdvae":
+            raise UserError(f"config.model.vae: {what} is of kind {released.kind}; allowed: an SD-VAE (sdvae)")
+        module, variables = convert.from_torch("sdvae", released.config, released.state_dict)
+    except (UnsafeOrDamaged, ValueError) as e:
+        raise UserError(f"config.model.vae: {e}") from None
+    return module, jax.tree.map(lambda v: np.asarray(v, np.float32), variables["params"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """x = (latent - mean) / std * final_std of the posterior's samples; a fresh sample at every use of a real image.
+
+    A record is uint8 pixels (encoded as they are needed), [h,w,2C] raw posterior means and standard deviations
+    (EDM2's data sets), or [h,w,C] raw latents (fakes, kept as the sampler made them).
+
+    Attributes:
+      vae: WHAT of the autoencoder; it is not read before it is needed. image_shape: (H, W, 3) of decoded images.
+      latent_shape: (h, w, C). mean, std: of raw latents, a channel each. final_std: of x. levels: of the images.
+    """
+
+    vae: str
+    image_shape: tuple[int, int, int]
+    latent_shape: tuple[int, int, int]
+    mean: tuple
+    std: tuple
+    final_std: float
+    levels: int
+
+    @property
+    def record_shapes(self) -> tuple:
+        h, w, c = self.latent_shape
+        return (self.image_shape, (h, w, 2 * c))
+
+    @property
+    def scale(self) -> np.ndarray:
+        """float32 [1,1,1,C]."""
+        return np.float32(self.final_std) / np.asarray(self.std, np.float32)[None, None, None]
+
+    @property
+    def bias(self) -> np.ndarray:
+        return -np.asarray(self.mean, np.float32)[None, None, None] * self.scale
+
+    def companions(self) -> dict:
+        """{"vae": parameters}; checks that the file fits the shapes.
+
+        Raises:
+          UserError: see `autoencoder`; or another reduction or number of channels.
+        """
+        module, params = autoencoder(self.vae)
+        (height, width, channels), factor = self.image_shape, module.downscale
+        made = (height // factor, width // factor, module.latent_channels)
+        if made != self.latent_shape or channels != module.in_channels:
+            raise UserError(
+                f"config.model.vae: {self.vae} makes latents {made} of images {self.image_shape}; allowed: "
+                f"{self.latent_shape}, the network's; set model.image_size, model.img_resolution, model.img_channels"
+            )
+        return {"vae": params}
+
+    def _apply(self, frozen, x, method: str):
+        return autoencoder(self.vae)[0].apply({"params": frozen["vae"]}, x, method=method)
+
+    def encode(self, frozen, image, key):
+        channels = self.latent_shape[-1]
+        if image.dtype == jnp.uint8:  # to [0, 1], not [-1, 1]: released networks depend on it
+            mean, std = self._apply(frozen, image.astype(jnp.float32) / (self.levels - 1), "encode")
+        elif image.shape[-1] == 2 * channels:
+            mean, std = jnp.split(image, 2, axis=-1)
+        else:
+            return self.scaled(image)
+        return self.scaled(mean + std * jax.random.normal(key, mean.shape))
+
+    def scaled(self, raw):
+        return raw * self.scale + self.bias
+
+    def store(self, x):
+        return (x.astype(jnp.float32) - self.bias) / self.scale
+
+    def decode(self, frozen, x):
+        """uint8; truncated at 256 levels, as released (with few levels that would darken: rounded)."""
+        y = in_parts(lambda z: self._apply(frozen, z, "decode"), self.store(x), DECODED_TOGETHER * jax.device_count())
+        half = 0.0 if self.levels == 256 else 0.5
+        return ((self.levels - 1) * jnp.clip(y, 0, 1) + half).astype(jnp.uint8)
+
+
+def in_parts(fn, x, rows: int):
+    """fn(x) with `rows` of the batch at a time where they divide it; every device keeps its own rows."""
+    if len(x) <= rows or len(x) % rows:
+        return fn(x)
+    parts = len(x) // rows
+    y = jax.lax.map(fn, jnp.swapaxes(x.reshape(rows, parts, *x.shape[1:]), 0, 1))
+    return jnp.swapaxes(y, 0, 1).reshape(len(x), *y.shape[2:])

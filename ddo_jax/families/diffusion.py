@@ -1,0 +1,172 @@
+"""What the diffusion families share: examples, the one-evaluation score, both samplers (specs/ddo.md section 2).
+
+examples = {"x": float32 [B,H,W,C], pixels in [-1, 1] or scaled latents, "label": int32 [B]};
+draws = {"sigma": [B], "eps": [B,H,W,C]}.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ddo_jax.core import ddo, dpm_solver, edm, samplers
+from ddo_jax.errors import UserError
+from ddo_jax.families.base import Family
+
+HALF = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """The functions of a family for one network; `family` puts them into the record.
+
+    Attributes:
+      module: EDMPrecond or EDM2Precond. codec: Pixels or Latents. model: the config.model they were built from.
+      precision: of every matrix product and convolution. r is a small difference, so it is explicit.
+      sampling: dtype of the image path when sampling: "float32", "bfloat16" or "float16".
+    """
+
+    module: Any
+    codec: Any
+    model: dict
+    precision: str
+    sampling: str
+
+    heun_grid = "float64"  # rounding of Heun's time grid in the released sampler of the family
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of x."""
+        return (self.module.img_resolution, self.module.img_resolution, self.module.img_channels)
+
+    def one_hot(self, labels):
+        """[B] -> [B, K]; id == K ("no label") gives the zero row; None for unconditional networks."""
+        return jax.nn.one_hot(labels, self.module.label_dim) if self.module.label_dim else None
+
+    def apply(self, module, params, frozen, x, sigma, labels, *args, **kwargs):
+        buffers = {k: v for k, v in frozen.items() if k != "vae"}
+        with jax.default_matmul_precision(self.precision):
+            return module.apply({"params": params, **buffers}, x, sigma, self.one_hot(labels), *args, **kwargs)
+
+    def inputs(self, examples, draws):
+        return edm.edm_inputs(examples["x"], draws["sigma"], draws["eps"], self.module.sigma_data)
+
+    # -- the seam (families/base.py) -----------------------------------------------------------------------
+
+    def init(self, key):
+        label = self.one_hot(jnp.zeros((1,), jnp.int32))
+        variables = dict(self.module.init(key, jnp.zeros((1, *self.shape)), jnp.ones((1,)), label))
+        return variables.pop("params"), variables
+
+    def encode(self, frozen, record, key):
+        with jax.default_matmul_precision(self.precision):
+            return {"x": self.codec.encode(frozen, record["image"], key), "label": record["label"]}
+
+    def augment(self, examples, key):
+        return examples
+
+    def decode(self, frozen, examples):
+        with jax.default_matmul_precision(self.precision):
+            return self.codec.decode(frozen, examples["x"])
+
+    def store(self, frozen, examples):
+        return {"image": self.codec.store(examples["x"]), "label": examples["label"]}
+
+    def draw(self, key, n, noise):
+        key_sigma, key_eps = jax.random.split(key)
+        sigma = edm.noise_level(jax.random.normal(key_sigma, (n,)), *noise)
+        return {"sigma": sigma, "eps": jax.random.normal(key_eps, (n, *self.shape))}
+
+    def score(self, params, frozen, examples, draws, **kwargs):
+        """The raw network output F [B,H,W,C]."""
+        x_in, c_noise, _ = self.inputs(examples, draws)
+        return self.apply(self.module, params, frozen, x_in, c_noise, examples["label"], method="raw", **kwargs)
+
+    def ratio(self, s, s_ref, examples, draws):
+        return ddo.diffusion_log_ratio(s, s_ref, self.inputs(examples, draws)[2])
+
+    def nll(self, s, examples, draws):
+        """lambda(sigma) |D - x|^2 = |F - F_hat|^2, summed over pixels (specs/edm.md section 10)."""
+        return jnp.sum(jnp.square(s - self.inputs(examples, draws)[2]), axis=(1, 2, 3))
+
+    def mle_loss(self, params, frozen, examples, draws, key):
+        f = self.score(params, frozen, examples, draws, train=True, rngs={"dropout": key})
+        return self.nll(f, examples, draws)
+
+    def project(self, params, objective):
+        return params
+
+    def latents(self, keys):
+        return image_noise(keys, 0, self.shape)
+
+    def guide(self, params, frozen, labels):
+        """D(x, sigma), what `sample` of any other network of these shapes takes as its guide."""
+        dtype = HALF.get(self.sampling)
+        module = self.module.clone(dtype=dtype) if dtype else self.module
+
+        def denoise(x, sigma):
+            return self.apply(module, params, frozen, x, sigma, labels).astype(x.dtype)
+
+        return denoise
+
+    def sample(self, nets, frozen, labels, latents, noise, settings):
+        params, guide = nets
+        denoise = self.guide(params, frozen, labels)
+        if guide is not None:
+            denoise = samplers.guided(denoise, *guide)
+
+        def churn(i):
+            keyed = jnp.issubdtype(noise.dtype, jax.dtypes.prng_key)
+            return image_noise(noise, i + 1, self.shape) if keyed else noise[i]
+
+        if isinstance(settings, dpm_solver.DPMSettings):
+            return {"x": dpm_solver.dpm_sample(denoise, latents, settings), "label": labels}
+        return {"x": samplers.heun_sample(denoise, latents, settings, churn), "label": labels}
+
+    def settings(self, sampler):
+        """config.sampler -> HeunSettings (its field names are the config's keys) or DPMSettings.
+
+        Raises:
+          UserError: what cannot be sampled with.
+        """
+        given = dict(sampler)
+        solver = given.pop("solver", "heun")
+        try:
+            if solver == "heun":
+                settings = samplers.HeunSettings(**given, grid=self.heun_grid)
+                samplers.heun_schedule(settings)  # refuses what cannot be sampled with
+                return settings
+            if solver == "dpmv3":
+                if given.get("s_churn"):
+                    raise ValueError(f"s_churn is {given['s_churn']}: solver dpmv3 adds no noise; set it to 0")
+                shared = ("num_steps", "sigma_min", "sigma_max")
+                settings = dpm_solver.DPMSettings(**{k: given[k] for k in shared if k in given})
+                dpm_solver.dpm_schedule(settings)
+                return settings
+            raise ValueError(f"solver is {solver!r}; allowed: heun, dpmv3")
+        except (TypeError, ValueError) as e:
+            raise UserError(f"config.sampler: {e}") from None
+
+    def imported(self, released):
+        raise NotImplementedError
+
+    def export(self, params, frozen):
+        raise NotImplementedError
+
+    def family(self, name: str) -> Family:
+        same = [f.name for f in dataclasses.fields(Family) if hasattr(self, f.name)]
+        return Family(
+            name=name,
+            num_classes=self.module.label_dim,
+            image_shape=self.codec.image_shape,
+            record_shapes=self.codec.record_shapes,
+            companions=self.codec.companions,
+            nfe=lambda settings: settings.nfe,
+            **{field: getattr(self, field) for field in same},
+        )
+
+
+def image_noise(keys, stream, shape):
+    """Unit normals [B, *shape]; stream 0 of an image's own key makes its latents, i + 1 its step i."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), shape))(keys)

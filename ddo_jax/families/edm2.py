@@ -1,0 +1,114 @@
+"""Family `edm2`: the magnitude-preserving networks, of pixels or of SD-VAE latents (specs/edm2.md)."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddo_jax import convert
+from ddo_jax.errors import UserError
+from ddo_jax.families.base import Family
+from ddo_jax.families.codecs import Latents, Pixels
+from ddo_jax.families.diffusion import Diffusion
+from ddo_jax.models import edm2 as networks
+
+# Of raw SD-VAE latents on ImageNet-512 (section 12); final latents have standard deviation 0.5.
+LATENT_MEAN, LATENT_STD, FINAL_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28), 0.5
+OURS = ("arch", "levels", "vae", "image_size", "image_channels", "latent_mean", "latent_std")  # not the network's
+
+
+def released_arguments(model) -> dict:
+    """config.model -> the constructor arguments as a released file records them."""
+    return {k: v for k, v in model.items() if k not in OURS}
+
+
+def build_codec(model) -> Pixels | Latents:
+    """How records become x: config.model.vae names the autoencoder of a latent model, "" means pixels."""
+    side, channels = model["img_resolution"], model["img_channels"]
+    if not model.get("vae"):
+        return Pixels((side, side, channels), model["levels"])
+    mean, std = (tuple(model.get(f"latent_{k}", v)) for k, v in (("mean", LATENT_MEAN), ("std", LATENT_STD)))
+    for name, value in (("latent_mean", mean), ("latent_std", std)):
+        if len(value) != channels:
+            raise UserError(f"config.model.{name}: {value}; allowed: {channels} numbers, one a channel of the latents")
+    size = model.get("image_size", 8 * side)
+    image = (size, size, model.get("image_channels", 3))
+    return Latents(model["vae"], image, (side, side, channels), mean, std, FINAL_STD, model["levels"])
+
+
+@dataclasses.dataclass(frozen=True)
+class EDM2(Diffusion):
+    """See Diffusion."""
+
+    heun_grid = "float32"
+
+    def mle_loss(self, params, frozen, examples, draws, key):
+        """Uncertainty-weighted: |F - F_hat|^2 / exp(logvar) + CHW logvar, summed over elements (section 8)."""
+        nll = super().mle_loss(params, frozen, examples, draws, key)
+        variables = {"params": params, **{k: v for k, v in frozen.items() if k != "vae"}}
+        with jax.default_matmul_precision(self.precision):
+            logvar = self.module.apply(variables, draws["sigma"], method="logvar").reshape(-1)
+        return nll / jnp.exp(logvar) + float(np.prod(self.shape)) * logvar
+
+    def project(self, params, objective):
+        """Forced weight normalisation; the logvar head is executed in pre-training only (section 2)."""
+        return networks.project(params, logvar=objective == "mle")
+
+    def imported(self, released):
+        if released.kind != "edm2":
+            raise UserError(f"weights of kind {released.kind}; config.family is 'edm2'")
+        try:
+            variables = dict(convert.from_torch("edm2", released_arguments(self.model), released.state_dict)[1])
+        except ValueError as e:
+            raise UserError(f"the weights do not fit config.model: {e}") from None
+        # float16 in released files: all to float32 before any use, gains and Fourier buffers too (section 5)
+        variables = jax.tree.map(lambda v: np.asarray(v, np.float32), variables)
+        return variables.pop("params"), variables
+
+    def export(self, params, frozen):
+        arguments = released_arguments(self.model)
+        buffers = {k: v for k, v in frozen.items() if k != "vae"}
+        arrays = convert.to_torch("edm2", arguments, {"params": params, **buffers})
+        metadata = {"ddo_jax_kind": "edm2", "ddo_jax_config": json.dumps(arguments)}
+        if isinstance(self.codec, Latents):
+            metadata["ddo_jax_encoder"] = json.dumps({k: self.model[k] for k in OURS if k in self.model})
+        return arrays, metadata
+
+
+def configure(config, released) -> None:
+    """Set config.model and config.sampler to those of a released EDM2 checkpoint.
+
+    The encoder's constants come from the file; one without them is taken for ImageNet-512's if it has 4 channels.
+    """
+    kept = {k: v for k, v in released.config.items() if k not in ("class_name", "use_fp16") and v is not None}
+    model = {"arch": "UNet", "levels": 256, "sigma_data": 0.5, "label_dim": 0, **kept}
+    ours = released.extras.get("metadata", {}).get("ddo_jax_encoder")
+    encoder = released.extras.get("encoder") or {}
+    if ours:
+        model |= json.loads(ours)
+    elif kept["img_channels"] == 4:
+        model["vae"] = "sd-vae-ft-mse"
+        if encoder.get("scale") is not None:
+            scale, bias = (np.asarray(encoder[k], np.float64) for k in ("scale", "bias"))
+            model |= {"latent_std": (FINAL_STD / scale).tolist(), "latent_mean": (-bias / scale).tolist()}
+    config.model = ConfigDict(model)
+    config.sampler.update(solver="heun", num_steps=32, s_churn=0.0)  # 63 NFE
+
+
+def make(config) -> Family:
+    """The family for `config.model` at `config.precision`.
+
+    Raises:
+      UserError: an argument the network refuses.
+    """
+    model = config.model.to_dict()
+    if config.data.augment:
+        raise UserError(f"config.data.augment: {config.data.augment}; allowed: 0, EDM2 networks cannot be told")
+    try:
+        module = networks.from_config(released_arguments(model), remat=config.remat)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"config.model: {e}") from None
+    return EDM2(module, build_codec(model), model, config.precision, config.eval.dtype).family("edm2")
