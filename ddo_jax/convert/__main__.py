@@ -3,10 +3,12 @@
 SRC is a file, a known name, hf://..., gs:// or https://; nothing of it is executed. DST ends in .safetensors (released
 names, for the original programs and for `read`) or .npz (config, param/<name>). Every parameter is listed with shape,
 dtype and whether our network has it; anything missing, unknown or of another shape is a refusal. What is written went
-through our layout and back and equals SRC byte for byte. Exit codes: 0 done, 2 something the user can mend.
+through our layout and back and equals SRC byte for byte, dtypes included (EDM2's float16); only the attention of old
+SD-VAE files gets today's names. Exit codes: 0 done, 2 something the user can mend.
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -17,7 +19,7 @@ import numpy as np
 from ddo_jax import convert, files
 from ddo_jax.convert import names, safetensors
 from ddo_jax.convert.inert import UnsafeOrDamaged
-from ddo_jax.convert.read import CONFIG_KEY, KIND_KEY, Released, count, read, same_bytes
+from ddo_jax.convert.read import CONFIG_KEY, ENCODER_KEY, KIND_KEY, Released, count, read, same_bytes
 from ddo_jax.errors import UserError
 
 
@@ -94,33 +96,68 @@ def convert_checked(released: Released) -> dict:
         raise UserError(str(e)) from None
     if not same_bytes(state, released.state_dict):
         raise UserError("a resample_filter differs in its last bits from the one of the configuration")
-    buffers = sum(name.endswith((".freqs", ".resample_filter")) for name in state)
+    buffers = sum(name.endswith((".freqs", ".phases", ".resample_filter")) for name in state)
     print(f"kind {released.kind}; {len(state) - buffers} parameter tensors, {buffers} buffers, {count(state):,} values")
     if wide := sum(dtype == "bfloat16" for dtype in released.extras["dtypes"].values()):
         print(f"{wide} bfloat16 tensors are widened to float32, without loss")
     print(f"config {json.dumps(released.config)}")
+    if assumed := released.extras.get("assumed"):
+        print(f"the file does not record, and no shape shows: {json.dumps(assumed)} (assumed)")
     return state
+
+
+def with_todays_names(released: Released) -> Released:
+    """The attention of an SD-VAE as diffusers calls it today (specs/edm2.md section 13); prints what that changes.
+
+    Raises:
+      UserError: a layer is there under both names.
+    """
+    if released.kind != "sdvae":
+        return released
+    from ddo_jax.convert.sdvae import renamed  # imports flax, which --help does not need
+
+    try:
+        state = renamed(released.state_dict)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    if changed := [name for name in released.state_dict if name not in state]:
+        print(f"{len(changed)} parameters ({changed[0]}, ...) have old names; they are written under today's")
+    dtypes = dict(zip(state, released.extras["dtypes"].values(), strict=True))
+    return dataclasses.replace(released, state_dict=state, extras=released.extras | {"dtypes": dtypes})
+
+
+def shapes(released: Released) -> dict:
+    return {name: array.shape for name, array in released.state_dict.items()}
+
+
+def metadata(released: Released) -> dict:
+    """What a .safetensors says besides its arrays: what SRC said, kind and config, the encoder of EDM2's pickles."""
+    kept = dict(released.extras.get("metadata", {}))
+    if "encoder" in released.extras:
+        kept[ENCODER_KEY] = json.dumps(released.extras["encoder"])
+    return kept | {"format": "pt", KIND_KEY: released.kind, CONFIG_KEY: json.dumps(released.config)}
 
 
 def encode(dst: str, released: Released, state: dict) -> bytes:
     """The bytes of DST."""
-    config = json.dumps(released.config)
     if dst.endswith(".npz"):
-        buffer = io.BytesIO()
-        np.savez(buffer, config=config, kind=released.kind, **{f"param/{k}": v for k, v in state.items()})
+        buffer, arrays = io.BytesIO(), {f"param/{k}": v for k, v in state.items()}
+        np.savez(buffer, config=json.dumps(released.config), kind=released.kind, **arrays)
         return buffer.getvalue()
-    return safetensors.dumps(state, {"format": "pt", KIND_KEY: released.kind, CONFIG_KEY: config})
+    return safetensors.dumps(state, metadata(released))
 
 
 def run(argv):
     args = parse(argv)
     if args.dst is not None and not args.dry_run:
         check_destination(args.dst, args.force)
-    released = read(names.resolve(args.src))
+    source = read(names.resolve(args.src))
+    released = with_todays_names(source)
     state = convert_checked(released)
     if not args.dry_run:
         files.write_bytes(args.dst, encode(args.dst, released, state))
-        print(f"wrote {args.dst}, equal to the source byte for byte")
+        same = shapes(released) == shapes(source)
+        print(f"wrote {args.dst}, equal to the source {'byte for byte' if same else 'but for the names it had'}")
 
 
 def main(argv=None) -> int:

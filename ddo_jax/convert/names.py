@@ -22,8 +22,9 @@ from ddo_jax.errors import UserError
 CONNECT_SECONDS = 10  # per attempt; PROBE_SECONDS also covers name resolution, which has no timeout of its own
 PROBE_SECONDS = 14
 
-# The base address of NVIDIA's EDM files is from memory and not verified here (no network).
+# The addresses of NVIDIA's EDM and EDM2 files are from memory and not verified here (no network).
 _EDM = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
+_EDM2 = "https://nvlabs-fi-cdn.nvidia.com/edm2/"
 _DDO = "hf://nvidia/DirectDiscriminativeOptimization/"  # specs/ddo.md section 5
 
 _EDM_FILES = [
@@ -31,14 +32,51 @@ _EDM_FILES = [
     *(f"edm-{data}-64x64-uncond-{net}" for data in ("ffhq", "afhqv2") for net in ("vp", "ve")),
     "edm-imagenet-64x64-cond-adm",
 ]
+# EDM2's networks that have a published score (specs/edm2.md section 6): {short name: "kimg, EMA lengths in 1/1000"},
+# first the length that is best by FID without guidance, which the short name alone stands for.
+_EDM2_NETWORKS = {
+    "edm2-img64-s": "1073741 075 045 105",
+    "edm2-img64-m": "2147483 060",
+    "edm2-img64-l": "1073741 040",
+    "edm2-img64-xl": "0671088 040",
+    "edm2-img512-xs": "2147483 135 200 045 150",
+    "edm2-img512-s": "2147483 130 190 025 085 070 120",
+    "edm2-img512-m": "2147483 100 155 030 015",
+    "edm2-img512-l": "1879048 085 155 015 035",
+    "edm2-img512-xl": "1342177 085 155 020 030",
+    "edm2-img512-xxl": "0939524 070 150 015 075 130",
+}
+# Guides, and networks that are only scored with one: no short names.
+_EDM2_GUIDED = [
+    ("edm2-img64-xs", "0134217 110 175"),
+    ("edm2-img512-xs", "0134217 125 165"),
+    ("edm2-img512-m", "0268435 155 205"),
+    ("edm2-img512-s-uncond", "2147483 070 090"),
+    ("edm2-img512-xs-uncond", "0134217 110 125"),
+    ("edm2-img512-xs-uncond", "2147483 015 020 025 030 035 045 085 150"),
+]
+
+
+def _snapshots(network: str, row: str) -> list[str]:
+    """("edm2-img64-m", "2147483 060") -> ["edm2-img64-m-2147483-0.060"]."""
+    kimg, *stds = row.split()
+    return [f"{network}-{kimg}-0.{std}" for std in stds]
+
+
+_EDM2_FILES = [name for row in (*_EDM2_NETWORKS.items(), *_EDM2_GUIDED) for name in _snapshots(*row)]
+
 SOURCES = {
     **{name: f"{_EDM}{name}.pkl" for name in _EDM_FILES},
+    **{name: f"{_EDM2}posthoc-reconstructions/{name}.pkl" for name in _EDM2_FILES},
     "edm-cifar10-uncond-vp-ddo": f"{_DDO}edm-cifar10-uncond-vp-ddo.pkl",
     "edm-cifar10-cond-vp-ddo": f"{_DDO}edm-cifar10-cond-vp-ddo.pkl",
     "edm2-img64-s-ddo": f"{_DDO}edm2-img64-s-ddo.pkl",
     "edm2-img512-l-ddo": f"{_DDO}edm2-img512-l-ddo.pkl",
     "var-d16-ddo": f"{_DDO}var_d16-ddo.pth",
     "var-d30-ddo": f"{_DDO}var_d30-ddo.pth",
+    "sd-vae-ft-mse": "hf://stabilityai/sd-vae-ft-mse/diffusion_pytorch_model.safetensors",  # specs/edm2.md section 13
+    # Statistics of ImageNet's training set, Inception and DINOv2 (specs/edm2.md section 17)
+    **{f"edm2-{data}-ref": f"{_EDM2}dataset-refs/{data}.pkl" for data in ("img64", "img512")},
     # Feature networks of the metrics (specs/metrics.md sections 4.1, 6); addresses from memory, not verified here.
     "inception-2015-12-05": "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth",
@@ -52,6 +90,7 @@ def _short(name: str) -> str:
 
 
 ALIASES = {_short(name): name for name in _EDM_FILES}
+ALIASES |= {network: _snapshots(network, row)[0] for network, row in _EDM2_NETWORKS.items()}
 
 
 def cache_dir() -> Path:
@@ -70,7 +109,7 @@ def resolve(what) -> str:
       what: a local path, a known name (`SOURCES`, `ALIASES`), hf://owner/repository/file, gs://..., https://...
 
     Raises:
-      UserError: not there and not to be had; says what was looked for and where to put the file.
+      UserError: not there and not to be had; says what was looked for, where, and the two ways to bring the file.
     """
     what = os.fspath(what)
     if os.path.exists(what):
@@ -79,7 +118,7 @@ def resolve(what) -> str:
     scheme, found, rest = url.partition("://")
     if not found:
         names = sorted([*SOURCES, *ALIASES])
-        near = difflib.get_close_matches(what, names, n=3) or names
+        near = difflib.get_close_matches(what, names, n=3) or [n for n in names if n not in _EDM2_FILES]
         raise UserError(f"{what}: no such file and no known name; allowed: a path, URL or name ({', '.join(near)})")
     if scheme not in _FETCH:
         raise UserError(f"{what}: {scheme}:// is not supported; allowed: {', '.join(f'{s}://' for s in _FETCH)}")
@@ -91,7 +130,8 @@ def resolve(what) -> str:
         return _FETCH[scheme](url, target)
     except _Unavailable as e:
         origin = f"{what} ({url})" if known else what
-        raise UserError(f"{origin}: {e}; or put the file at {target}") from None
+        mend = f"or put the file at {target}, or give the path of your own copy instead of {what}"
+        raise UserError(f"{origin}: {e}; {mend}") from None
 
 
 class _Unavailable(Exception):

@@ -3,8 +3,7 @@
     read(path) -> Released(kind, config, state_dict, extras)
 
 The format is recognised by content: NVIDIA's persistence pickle, torch zip, torch legacy stream, safetensors. Where a
-file does not record its constructor arguments they follow from names and shapes (specs/edm.md 16.2), which
-determine everything except dropout.
+file does not record its constructor arguments they follow from names and shapes (`infer`).
 """
 
 import collections
@@ -17,12 +16,14 @@ import re
 
 import numpy as np
 
-from ddo_jax.convert import safetensors, torch_files
-from ddo_jax.convert.inert import Record, Stub, Tensor, UnsafeOrDamaged, show
+from ddo_jax.convert import infer, safetensors, torch_files
+from ddo_jax.convert.inert import NumpyArray, Record, Stub, Tensor, UnsafeOrDamaged, show
 from ddo_jax.errors import UserError
 
 MAX_ENTRIES, MAX_NAME = 20_000, 512  # of a state dict: parameters and modules; characters
-KIND_KEY, CONFIG_KEY = "ddo_jax_kind", "ddo_jax_config"  # our own metadata in safetensors
+# Our own metadata in safetensors; the last one is `extras["encoder"]`.
+KIND_KEY, CONFIG_KEY, ENCODER_KEY = "ddo_jax_kind", "ddo_jax_config", "ddo_jax_released_encoder"
+SNAPSHOT = re.compile(r".*-([0-9]{1,12})-([0-9]{1,3}\.[0-9]{1,6})\.[a-z]+")  # edm2.md 9: ...-{kimg}-{EMA std}.pkl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +31,17 @@ class Released:
     """What a file holds.
 
     Attributes:
-      kind: "edm", "inception", "dinov2", or None if it is none of the kinds that can be converted so far.
+      kind: "edm", "edm2", "sdvae", "inception", "dinov2", or None: none of the kinds that can be converted so far.
       config: the constructor arguments as recorded, with what they leave out but the shapes show.
-      state_dict: {released name: NumPy array} in file order; bfloat16 widened to float32.
+      state_dict: {released name: NumPy array} in file order, with the dtypes of the file: EDM2's are float16, to be
+        cast to float32 before any use (edm2.md 5). Only bfloat16 is widened, to float32.
       extras: format; dtypes {name: dtype in the file}; top_level (keys of the file's outermost dictionary);
-        class_name (NVIDIA's pickles); metadata (safetensors).
+        class_name (NVIDIA's pickles); metadata (safetensors); kimg and std, thousands of images and EMA length, where
+        the file is named as EDM2's snapshots. Of edm2 also
+        encoder (NVIDIA's pickles, and safetensors made of them): {class_name, vae_name, scale, bias} as far as
+        recorded, scale and bias lists of floats; None means plain pixels;
+        assumed (nothing recorded): {argument: value} of what no shape shows;
+        emas (training states): the EMA lengths in the file; state_dict is the first one's.
     """
 
     kind: str | None
@@ -62,9 +69,12 @@ def read(path) -> Released:
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); expected a .pkl, .pth or .safetensors file") from None
     try:
-        return _READERS[sniff(data)](data)
+        released = _READERS[sniff(data)](data)
     except UnsafeOrDamaged as e:
         raise UnsafeOrDamaged(f"{path}: {e}") from None
+    if named := SNAPSHOT.fullmatch(os.path.basename(path)):
+        released.extras.update(kimg=int(named[1]), std=float(named[2]))
+    return released
 
 
 def sniff(data) -> str:
@@ -85,15 +95,28 @@ def sniff(data) -> str:
 def _released(state: dict, dtypes: dict, recorded: dict, extras: dict) -> Released:
     """Kind and configuration by names; class_name, if recorded, must agree."""
     extras = {**extras, "dtypes": dtypes}
-    looks_edm = "model.map_layer0.weight" in state and any(_FIRST.fullmatch(name) for name in state)
-    for head, naming in _INCEPTION.items():
-        if head in state:
-            return Released("inception", {"naming": naming}, state, extras)
-    if "blocks.0.ls1.gamma" in state and "patch_embed.proj.weight" in state:
-        return Released("dinov2", infer_dinov2(state), state, extras)
-    if not looks_edm or recorded.get("class_name", "EDMPrecond") != "EDMPrecond":
+    kind = infer.kind_of(state)
+    if kind in _CLASSES and recorded.get("class_name", _CLASSES[kind]) != _CLASSES[kind]:
         return Released(None, recorded, state, extras)
-    return Released("edm", edm_config(recorded, state), state, extras)
+    config = recorded
+    if kind == "inception":
+        config = {"naming": next(naming for head, naming in infer.INCEPTION.items() if head in state)}
+    elif kind == "dinov2":
+        config = infer.infer_dinov2(state)
+    elif kind == "sdvae" and not recorded:
+        from ddo_jax.convert.sdvae import infer_config  # imports flax, which reading other kinds does not need
+
+        config = infer_config(state)
+    elif kind == "edm":
+        config = infer.edm_config(recorded, state)
+    elif kind == "edm2":
+        config = infer.edm2_config(recorded, state)
+        if not recorded:
+            extras["assumed"] = {"channels_per_head": config["channels_per_head"], **infer.UNSEEN_EDM2}
+    return Released(kind, config, state, extras)
+
+
+_CLASSES = {"edm": "EDMPrecond", "edm2": "Precond"}  # of NVIDIA's pickles
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -167,7 +190,28 @@ def _nvidia(data) -> Released:
     if type(network) is Record:
         config = {"class_name": network.class_name, **_recorded(network)}
         extras["class_name"] = network.class_name
+        if network.class_name == _CLASSES["edm2"]:
+            extras["encoder"] = _encoder(top.get("encoder") if type(top) is dict else None)
     return _released(state, dtypes, config, extras)
+
+
+def _encoder(value) -> dict | None:
+    """What makes pixels of EDM2's x (edm2.md 12), as recorded; None: plain pixels."""
+    if value is None:
+        return None
+    if type(value) is not Record:
+        raise UnsafeOrDamaged(f"encoder: a {type(value).__name__}; expected a persistent object or None")
+    found = {"class_name": show(value.class_name)}
+    if "vae_name" in value.state:
+        found["vae_name"] = _value("vae_name", value.state["vae_name"])
+    return found | {key: _floats(key, value.state[key]) for key in ("scale", "bias") if key in value.state}
+
+
+def _floats(name: str, value) -> list:
+    array = value.array() if type(value) in (NumpyArray, Tensor) else np.zeros(())
+    if array.ndim == 0 or array.size > 64 or array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise UnsafeOrDamaged(f"encoder: {name} is not a short list of floats")
+    return array.astype(np.float64).ravel().tolist()
 
 
 def _keys(top) -> list:
@@ -177,7 +221,7 @@ def _keys(top) -> list:
 def _recorded(network: Record) -> dict:
     """`_init_kwargs` of the preconditioner and, where it has one, of the network in it."""
     modules = network.state["_modules"]
-    inner = modules.get("model") if type(modules) is dict else None
+    inner = modules.get("model") or modules.get("unet") if type(modules) is dict else None  # EDM's or EDM2's
     config = _kwargs(network)
     for k, v in (_kwargs(inner) if type(inner) is Record else {}).items():
         if k not in ("in_channels", "out_channels") and config.setdefault(k, v) != v:
@@ -206,9 +250,30 @@ def _refuse(name, value):
 def _torch(data) -> Released:
     legacy = sniff(data) == "torch-legacy"
     top = (torch_files.load_legacy if legacy else torch_files.load_zip)(data)
-    tensors = flatten(top) if _is_module(top) else _tensors(find_state_dict(top))
     extras = {"format": "torch-legacy" if legacy else "torch-zip", "top_level": _keys(top)}
+    if _is_module(top):
+        tensors = flatten(top)
+    elif stds := _ema_lengths(top):
+        tensors, extras["emas"] = _tensors(top["ema"]["emas"][0]), stds
+    else:
+        tensors = _tensors(find_state_dict(top))
     return _released(*_arrays(tensors), {}, extras)
+
+
+def _ema_lengths(top) -> list:
+    """The stds of an EDM2 training state, one state dict each (edm2.md 8); empty for any other file.
+
+    Its `net` has the weights of the last step, which nobody samples from: `_torch` takes the first EMA instead.
+    """
+    ema = top.get("ema") if type(top) is dict else None
+    if type(ema) is not dict or "emas" not in ema:
+        return []
+    stds, emas = ema.get("stds"), ema["emas"]
+    if type(stds) not in (list, tuple) or type(emas) not in (list, tuple) or not 1 <= len(stds) == len(emas) <= 64:
+        raise UnsafeOrDamaged("ema: expected stds and emas, lists of equal length")
+    if type(emas[0]) is not dict or any(type(std) is not float for std in stds):
+        raise UnsafeOrDamaged("ema: expected a number in stds for every state dict in emas")
+    return list(stds)
 
 
 def find_state_dict(top) -> dict:
@@ -239,176 +304,26 @@ def _safetensors(data) -> Released:
     if len(entries) > MAX_ENTRIES:
         raise UnsafeOrDamaged(f"{len(entries)} parameters; at most {MAX_ENTRIES} are read")
     state, _ = safetensors.loads(data)
-    recorded = {}
-    if CONFIG_KEY in metadata:
-        try:
-            recorded = json.loads(metadata[CONFIG_KEY])
-        except (ValueError, RecursionError):
-            raise UnsafeOrDamaged(f"metadata {CONFIG_KEY} is not JSON") from None
-        if type(recorded) is not dict:
-            raise UnsafeOrDamaged(f"metadata {CONFIG_KEY} is not a JSON object")
-        recorded = {_joined("", k): _value(k, v) for k, v in recorded.items()}
+    recorded = _metadata(metadata, CONFIG_KEY) or {}
     dtypes = {k: "bfloat16" if v["dtype"] == "BF16" else str(state[k].dtype) for k, v in entries.items()}
     extras = {"format": "safetensors", "top_level": ["__metadata__"] * bool(metadata), "metadata": metadata}
+    if ENCODER_KEY in metadata:
+        extras["encoder"] = _metadata(metadata, ENCODER_KEY)
     return _released(state, dtypes, recorded, extras)
 
 
+def _metadata(metadata: dict, name: str) -> dict | None:
+    """The JSON object under `name`; None if there is none, or null."""
+    try:
+        found = json.loads(metadata.get(name, "null"))
+    except (ValueError, RecursionError):
+        raise UnsafeOrDamaged(f"metadata {name} is not JSON") from None
+    if type(found) not in (dict, type(None)):
+        raise UnsafeOrDamaged(f"metadata {name} is not a JSON object")
+    return None if found is None else {_joined("", k): _value(k, v) for k, v in found.items()}
+
+
 _READERS = {"nvidia-pickle": _nvidia, "torch-zip": _torch, "torch-legacy": _torch, "safetensors": _safetensors}
-
-
-# First convolution of FID-Inception in each of its namings (metrics.md section 4)
-_INCEPTION = {
-    "Conv2d_1a_3x3.conv.weight": "torch",
-    "conv/conv2d_params": "tf",
-    "layers.conv.weight": "nvidia",
-    "layers.conv.conv.weight": "mixed",
-}
-
-
-def infer_dinov2(state: dict) -> dict:
-    """Arguments of DINOv2 from the shapes; heads are 64 wide in all released sizes.
-
-    Raises:
-      UnsafeOrDamaged: an array that tells a size is missing.
-    """
-    try:
-        width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
-        side = round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch
-    except (KeyError, IndexError) as e:
-        raise UnsafeOrDamaged(f"DINOv2: {e.args[0]}: missing, or not of its shape") from None
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    return {"embed_dim": width, "depth": depth, "num_heads": width // 64, "patch_size": patch, "img_size": side}
-
-
-# ----------------------------------------------------------------------------------------------------
-# EDM: constructor arguments from names and shapes
-
-_FIRST = re.compile(r"model\.enc\.(\d+)x(\d+)_conv\.weight")
-_DEFAULTS = {  # edm.md section 6; what a file leaves out has these values
-    "class_name": "EDMPrecond",
-    "model_type": "DhariwalUNet",
-    "label_dim": 0,
-    "augment_dim": 0,
-    "channel_mult_emb": 4,
-}
-_DEFAULTS_SONG = _DEFAULTS | {
-    "model_channels": 128,
-    "channel_mult": [1, 2, 2, 2],
-    "embedding_type": "positional",
-    "channel_mult_noise": 1,
-    "encoder_type": "standard",
-    "decoder_type": "standard",
-    "resample_filter": [1, 1],
-}
-_DEFAULTS_ADM = _DEFAULTS | {"model_channels": 192, "channel_mult": [1, 2, 3, 4]}
-_TAPS = {2: [1, 1], 4: [1, 3, 3, 1]}
-
-
-def infer_edm(state: dict) -> dict:
-    """Constructor arguments of the network whose released names and shapes these are.
-
-    What one resolution cannot show (the filter, the wiring of one level) and dropout are left out.
-
-    Raises:
-      UnsafeOrDamaged: names that look like EDM, but do not make a network.
-    """
-    try:
-        return _infer_edm({k: np.shape(v) for k, v in state.items()})
-    except (KeyError, IndexError, ValueError, ZeroDivisionError, StopIteration) as e:
-        what = show(str(e))
-        raise UnsafeOrDamaged(f"names of an EDM network, but no network has these shapes ({what})") from None
-
-
-def _infer_edm(shapes: dict) -> dict:
-    adm = "model.out_norm.weight" in shapes
-    first = next(m for m in map(_FIRST.fullmatch, shapes) if m)
-    resolution, (width, channels, _, _) = int(first[1]), shapes[first[0]]
-    emb, noise = shapes["model.map_layer0.weight"]
-    base = noise if adm else width
-    blocks = [re.fullmatch(r"model\.enc\.(\d+)x\1_block(\d+)\.conv0\.weight", name) for name in shapes]
-    blocks = [m for m in blocks if m]
-    levels = sorted({int(m[1]) for m in blocks}, reverse=True)
-    if (
-        base == 0
-        or levels != [resolution >> i for i in range(len(levels))]
-        or not 1 <= levels[-1] <= resolution <= 4096
-    ):
-        raise ValueError("resolutions do not halve from level to level")
-    indices = {int(m[2]) for m in blocks}
-    if indices != set(range(len(indices))):  # also keeps num_blocks, and with it later work, below the file's size
-        raise ValueError("blocks are not numbered 0, 1, 2 ...")
-    at = "model.enc.{0}x{0}_block0.conv0.weight"
-    config = {
-        "class_name": "EDMPrecond",
-        "model_type": "DhariwalUNet" if adm else "SongUNet",
-        "img_resolution": resolution,
-        "img_channels": channels,
-        "label_dim": shapes.get("model.map_label.weight", (0, 0))[1],
-        "augment_dim": shapes.get("model.map_augment.weight", (0, 0))[1],
-        "model_channels": base,
-        "channel_mult": [_ratio(shapes[at.format(r)][0], base) for r in levels],
-        "channel_mult_emb": _ratio(emb, base),
-        "num_blocks": len(indices),
-        "attn_resolutions": [r for r in levels if f"model.enc.{r}x{r}_block0.qkv.weight" in shapes],
-    }
-    return config if adm else config | _infer_song(shapes, levels, _ratio(noise, base))
-
-
-def _ratio(a: int, b: int) -> int:
-    if a < 1 or a % b:
-        raise ValueError(f"{a} channels are no multiple of {b}")
-    return a // b
-
-
-def _infer_song(shapes: dict, levels: list, channel_mult_noise: int) -> dict:
-    config = {
-        "embedding_type": "fourier" if "model.map_noise.freqs" in shapes else "positional",
-        "channel_mult_noise": channel_mult_noise,
-    }
-    if len(levels) > 1:  # one level has neither resampling nor auxiliary branches
-        r, low = levels[0], levels[-1]
-        aux = {name for name in ("residual", "skip") if f"model.enc.{low}x{low}_aux_{name}.weight" in shapes}
-        config["encoder_type"] = min(aux, default="standard")
-        config["decoder_type"] = "skip" if f"model.dec.{r}x{r}_aux_up.resample_filter" in shapes else "standard"
-        config["resample_filter"] = _TAPS[shapes[f"model.dec.{r}x{r}_up.conv0.resample_filter"][-1]]
-    return config
-
-
-def edm_config(recorded: dict, state: dict) -> dict:
-    """`recorded` completed from the shapes, with which it must agree; all of it inferred if nothing is recorded.
-
-    Raises:
-      UnsafeOrDamaged: a recorded argument contradicts the parameters.
-    """
-    inferred = infer_edm(state)
-    if not recorded:
-        return inferred
-    for key in ("dropout", "label_dropout", "sigma_data", "sigma_min", "sigma_max"):
-        if type(recorded.get(key, 0)) not in (int, float) or math.isnan(recorded.get(key, 0)):
-            raise UnsafeOrDamaged(f"{key} is recorded as {recorded[key]!r}; expected a number")
-    config = dict(recorded)
-    adm = inferred["model_type"] == "DhariwalUNet"
-    defaults = _DEFAULTS_ADM if adm else _DEFAULTS_SONG
-    for key, seen in inferred.items():
-        if key == "attn_resolutions" and key in recorded:
-            _check_attention(recorded[key], inferred)
-        elif key in recorded and recorded[key] != seen:
-            raise UnsafeOrDamaged(f"{key} is recorded as {recorded[key]!r}, but the parameters have {seen!r}")
-        elif key not in recorded and defaults.get(key) != seen:
-            config[key] = seen  # also num_blocks and attn_resolutions, which released files never record
-    return config
-
-
-def _check_attention(recorded, inferred: dict):
-    """Listed resolutions that do not occur, or have too few channels for a head of ADM, are harmless."""
-    adm, base, seen = inferred["model_type"] == "DhariwalUNet", inferred["model_channels"], inferred["attn_resolutions"]
-    sizes = [inferred["img_resolution"] >> i for i in range(len(inferred["channel_mult"]))]
-    widths = dict(zip(sizes, inferred["channel_mult"], strict=True))
-    if type(recorded) is not list:
-        raise UnsafeOrDamaged("attn_resolutions is recorded as something else than a list")
-    expected = [r for r in sizes if r in recorded and (not adm or base * widths[r] >= 64)]
-    if expected != seen:
-        raise UnsafeOrDamaged(f"attn_resolutions is recorded as {recorded}, but the parameters have {seen}")
 
 
 def same_bytes(a: dict, b: dict) -> bool:

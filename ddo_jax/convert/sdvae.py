@@ -19,8 +19,11 @@ import flax.traverse_util
 import jax
 import numpy as np
 
+from ddo_jax.convert import names
 from ddo_jax.convert.coverage import check
 from ddo_jax.convert.inert import UnsafeOrDamaged, show
+from ddo_jax.convert.read import read
+from ddo_jax.errors import UserError
 from ddo_jax.models.sdvae import from_config
 
 # Order of a state dict: at every level of the names, what comes first here comes first there.
@@ -153,3 +156,22 @@ def infer_config(state_dict: dict) -> dict:
         }
     except (KeyError, IndexError, ValueError) as e:
         raise UnsafeOrDamaged(f"names of an AutoencoderKL, but no network has these shapes ({show(str(e))})") from None
+
+
+@functools.cache
+def load(what: str):
+    """(AutoencoderKL, variables as float32) of a file, known name or address; read once.
+
+    Raises:
+      UserError: not at hand, damaged, or another network.
+    """
+    try:
+        released = read(names.resolve(what))
+        if released.kind != "sdvae":
+            raise UserError(f"{what}: holds {released.kind or 'an unknown network'}; allowed: an SD-VAE (kind sdvae)")
+        module, variables = from_torch(released.config, released.state_dict)
+    except UnsafeOrDamaged as e:
+        raise UserError(str(e)) from None
+    except ValueError as e:
+        raise UserError(f"{what}: {e}") from None
+    return module, jax.tree.map(lambda v: np.asarray(v, np.float32), variables)

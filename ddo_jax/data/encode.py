@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax import convert, sharding
-from ddo_jax.convert import names
-from ddo_jax.convert.inert import UnsafeOrDamaged
+from ddo_jax import sharding
+from ddo_jax.convert import sdvae
 from ddo_jax.data import latents, make
 from ddo_jax.errors import UserError
 
@@ -31,12 +30,9 @@ def load_vae(what: str):
       UserError: not there, damaged, or another network.
     """
     try:
-        released = convert.read(names.resolve(what))
-        if released.kind != "sdvae":
-            raise UserError(f"--vae={what}: holds {released.kind or 'an unknown network'}; allowed: kind sdvae")
-        return convert.from_torch("sdvae", released.config, released.state_dict)
-    except (UnsafeOrDamaged, ValueError) as e:
-        raise UserError(f"--vae={what}: {e}") from None
+        return sdvae.load(what)
+    except UserError as e:
+        raise UserError(f"--vae: {e}") from None
 
 
 def check_shape(shape: tuple[int, ...], module, vae: str) -> None:

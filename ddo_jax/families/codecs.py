@@ -4,15 +4,12 @@ A codec turns stored arrays into the x that the network sees (float32, standard 
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax import convert
-from ddo_jax.convert import names
-from ddo_jax.convert.inert import UnsafeOrDamaged
+from ddo_jax.convert import sdvae
 from ddo_jax.errors import UserError
 
 DECODED_TOGETHER = 4  # images a device: the VAE's activations at 512 x 512 are 0.1 GB each
@@ -57,23 +54,6 @@ class Pixels:
         return to_uint8(x, self.levels)
 
 
-@functools.cache
-def autoencoder(what: str):
-    """(AutoencoderKL, its parameters as float32) of a file, known name or address; read once.
-
-    Raises:
-      UserError: not at hand, damaged, or something else than an SD-VAE.
-    """
-    try:
-        released = convert.read(names.resolve(what))
-        if released.kind != "sdvae":
-            raise UserError(f"config.model.vae: {what} is of kind {released.kind}; allowed: an SD-VAE (sdvae)")
-        module, variables = convert.from_torch("sdvae", released.config, released.state_dict)
-    except (UnsafeOrDamaged, ValueError) as e:
-        raise UserError(f"config.model.vae: {e}") from None
-    return module, jax.tree.map(lambda v: np.asarray(v, np.float32), variables["params"])
-
-
 @dataclasses.dataclass(frozen=True)
 class Latents:
     """x = (latent - mean) / std * final_std of the posterior's samples; a fresh sample at every use of a real image.
@@ -112,9 +92,9 @@ class Latents:
         """{"vae": parameters}; checks that the file fits the shapes.
 
         Raises:
-          UserError: see `autoencoder`; or another reduction or number of channels.
+          UserError: see `sdvae.load`; or another reduction or number of channels.
         """
-        module, params = autoencoder(self.vae)
+        module, variables = self._autoencoder()
         (height, width, channels), factor = self.image_shape, module.downscale
         made = (height // factor, width // factor, module.latent_channels)
         if made != self.latent_shape or channels != module.in_channels:
@@ -122,10 +102,16 @@ class Latents:
                 f"config.model.vae: {self.vae} makes latents {made} of images {self.image_shape}; allowed: "
                 f"{self.latent_shape}, the network's; set model.image_size, model.img_resolution, model.img_channels"
             )
-        return {"vae": params}
+        return {"vae": variables["params"]}
+
+    def _autoencoder(self):
+        try:
+            return sdvae.load(self.vae)
+        except UserError as e:
+            raise UserError(f"config.model.vae: {e}") from None
 
     def _apply(self, frozen, x, method: str):
-        return autoencoder(self.vae)[0].apply({"params": frozen["vae"]}, x, method=method)
+        return self._autoencoder()[0].apply({"params": frozen["vae"]}, x, method=method)
 
     def encode(self, frozen, image, key):
         channels = self.latent_shape[-1]

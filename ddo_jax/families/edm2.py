@@ -17,6 +17,7 @@ from ddo_jax.models import edm2 as networks
 
 # Of raw SD-VAE latents on ImageNet-512 (section 12); final latents have standard deviation 0.5.
 LATENT_MEAN, LATENT_STD, FINAL_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28), 0.5
+SD_VAE = "sd-vae-ft-mse"
 OURS = ("arch", "levels", "vae", "image_size", "image_channels", "latent_mean", "latent_std")  # not the network's
 
 
@@ -82,20 +83,33 @@ def configure(config, released) -> None:
     """Set config.model and config.sampler to those of a released EDM2 checkpoint.
 
     The encoder's constants come from the file; one without them is taken for ImageNet-512's if it has 4 channels.
+
+    Raises:
+      UserError: what our own metadata say of the encoder is not JSON.
     """
-    kept = {k: v for k, v in released.config.items() if k not in ("class_name", "use_fp16") and v is not None}
+    given = {k: v for k, v in released.config.items() if k not in ("class_name", "use_fp16")}
+    kept = {k: v for k, v in given.items() if v is not None or k == "clip_act"}  # None there: no clipping
     model = {"arch": "UNet", "levels": 256, "sigma_data": 0.5, "label_dim": 0, **kept}
-    ours = released.extras.get("metadata", {}).get("ddo_jax_encoder")
-    encoder = released.extras.get("encoder") or {}
-    if ours:
-        model |= json.loads(ours)
-    elif kept["img_channels"] == 4:
-        model["vae"] = "sd-vae-ft-mse"
-        if encoder.get("scale") is not None:
-            scale, bias = (np.asarray(encoder[k], np.float64) for k in ("scale", "bias"))
-            model |= {"latent_std": (FINAL_STD / scale).tolist(), "latent_mean": (-bias / scale).tolist()}
+    model |= _encoder(released.extras, kept["img_channels"])
     config.model = ConfigDict(model)
     config.sampler.update(solver="heun", num_steps=32, s_churn=0.0)  # 63 NFE
+
+
+def _encoder(extras: dict, channels: int) -> dict:
+    """The part of config.model that says how records become x; {} for pixels."""
+    ours = extras.get("metadata", {}).get("ddo_jax_encoder")
+    if ours:
+        try:
+            return {k: v for k, v in json.loads(ours).items() if k in OURS}
+        except (ValueError, AttributeError):
+            raise UserError("metadata ddo_jax_encoder is not a JSON object; write the file again") from None
+    if channels != 4:
+        return {}
+    encoder = extras.get("encoder") or {}
+    if encoder.get("scale") is None or encoder.get("bias") is None:
+        return {"vae": SD_VAE}
+    scale, bias = (np.asarray(encoder[k], np.float64) for k in ("scale", "bias"))
+    return {"vae": SD_VAE, "latent_std": (FINAL_STD / scale).tolist(), "latent_mean": (-bias / scale).tolist()}
 
 
 def make(config) -> Family:

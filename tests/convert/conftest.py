@@ -38,10 +38,10 @@ class Call:
 DUMMIES = {}
 
 
-def dummy(module, name, kind="function"):
+def dummy(module, name, kind="function", base=object):
     """A global of that name in a module of ours, which sys.modules holds while we pickle."""
     if kind == "class":
-        value = type(name, (), {"__module__": module})
+        value = type(name, (base,), {"__module__": module})
     else:
         value = types.FunctionType((lambda *a: None).__code__, {}, name)
         value.__module__, value.__qualname__ = module, name
@@ -58,6 +58,7 @@ PARAMETER = dummy("torch._utils", "_rebuild_parameter")
 TENSOR = dummy("torch._utils", "_rebuild_tensor_v2")
 FROM_BYTES = dummy("torch.storage", "_load_from_bytes")
 MODULE_DICT = dummy("torch.nn.modules.container", "ModuleDict", "class")
+EASY_DICT = dummy("dnnlib.util", "EasyDict", "class", dict)
 STORAGES = {name: dummy("torch", name, "class") for name in [*STORAGE.values(), "BFloat16Storage"]}
 
 
@@ -140,9 +141,9 @@ def tree(state):
     return root
 
 
-def module(node, **rest):
+def module(node, class_name="Layer", **rest):
     """One pickled module of a nested dict; enc and dec are ModuleDicts, everything else persistent."""
-    buffers = ("resample_filter", "freqs")
+    buffers = ("resample_filter", "freqs", "phases")
     leaves = {k: v for k, v in node.items() if not isinstance(v, dict)}
     parameters = {k: nested_tensor(v, True) for k, v in leaves.items() if k not in buffers}
     held = {"resample_filter": None} | {k: nested_tensor(v, False) for k, v in leaves.items() if k in buffers}
@@ -153,7 +154,7 @@ def module(node, **rest):
             container.__dict__.update(attributes({}, {}, {k: module(v) for k, v in child.items()}))
         elif isinstance(child, dict):
             inner[name] = module(child)
-    return persistent("Layer", attributes(parameters, held, inner, skip_scale=np.float64(0.5), **rest))
+    return persistent(class_name, attributes(parameters, held, inner, skip_scale=np.float64(0.5), **rest))
 
 
 INNER = ("in_channels", "out_channels")
@@ -172,6 +173,65 @@ def nvidia_network(config, state):
 def nvidia(config, state, **others):
     """A training snapshot."""
     return dumps({"ema": nvidia_network(config, state), "loss_fn": None, "augment_pipe": None, **others})
+
+
+# ----------------------------------------------------------------------------------------------------
+# EDM2 (specs/edm2.md section 10)
+
+PRECOND = ("use_fp16", "sigma_data", "logvar_channels")  # arguments that the U-Net inside does not get
+SCALE, BIAS = np.float32([0.11990407, 0.10822511, 0.13477089, 0.15243903]), np.float32([-0.69664264, -0.3517316, 0, 1])
+
+
+def edm2_module(node, class_name, **rest):
+    """As `module`, with the classes and attributes of EDM2's networks."""
+
+    def inner(name, child):
+        if name in ("enc", "dec"):
+            container = MODULE_DICT.__new__(MODULE_DICT)
+            container.__dict__.update(attributes({}, {}, {k: inner(k, v) for k, v in child.items()}))
+            return container
+        if "conv_res0" in child:
+            block = edm2_module(child, "Block", out_channels=8, flavor="enc", num_heads=1, resample_filter=[1, 1])
+            block.args[0]["state"]["_modules"].setdefault("conv_skip", None)  # registered, but not there
+            return block
+        return edm2_module(child, "MPFourier" if "freqs" in child else "MPConv", _init_args=(8, 8), _init_kwargs={})
+
+    leaves = {k: v for k, v in node.items() if not isinstance(v, dict)}
+    buffers = {k: nested_tensor(v, False) for k, v in leaves.items() if k in ("freqs", "phases")}
+    parameters = {k: nested_tensor(v, True) for k, v in leaves.items() if k not in buffers}
+    modules = {k: inner(k, v) for k, v in node.items() if isinstance(v, dict)}
+    return persistent(class_name, attributes(parameters, buffers, modules, **rest))
+
+
+def vae_encoder(scale=SCALE, bias=BIAS, class_name="StabilityVAEEncoder"):
+    state = {"vae_name": "stabilityai/sd-vae-ft-mse", "scale": scale, "bias": bias, "batch_size": 8, "_vae": None}
+    return persistent(class_name, state | {"_init_args": (), "_init_kwargs": {}})
+
+
+def edm2_network(config, state):
+    kwargs = {k: v for k, v in config.items() if k != "class_name"}
+    inner = {k: v for k, v in kwargs.items() if k not in PRECOND}
+    nodes = tree(state)
+    network = edm2_module(nodes, "Precond", _init_args=(), _init_kwargs=EASY_DICT(kwargs))
+    unet = edm2_module(nodes["unet"], "UNet", _init_args=(), _init_kwargs=inner)
+    network.args[0]["state"]["_modules"]["unet"] = unet
+    return network
+
+
+def edm2_nvidia(config, state, encoder=None, **others):
+    """A snapshot: EasyDict(encoder, dataset_kwargs, loss_fn, ema)."""
+    loss = persistent("EDM2Loss", {"P_mean": -0.4, "P_std": 1.0, "sigma_data": 0.5})
+    top = {"encoder": encoder, "dataset_kwargs": EASY_DICT(path="x.zip"), "loss_fn": loss}
+    return dumps(EASY_DICT(top, ema=edm2_network(config, state), **others))
+
+
+def half(state):
+    """As released: everything float16, gains and buffers too."""
+    return {k: v.astype(np.float16) for k, v in state.items()}
+
+
+# ----------------------------------------------------------------------------------------------------
+# torch.save
 
 
 def torch_zip(state, top="archive", byteorder=None, compress=zipfile.ZIP_STORED, nest=lambda v: v):
@@ -218,3 +278,26 @@ def small():
         layer[f"model.{at}.bias"] = rng.standard_normal(shape[0]).astype(np.float32)
     config = {"model_type": "SongUNet", "img_resolution": 8, "img_channels": 3, "label_dim": 0}
     return config | {"model_channels": m, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}, layer
+
+
+@pytest.fixture(scope="session")
+def small_edm2():
+    """(config, float16 state dict) of a thousand numbers with the names of EDM2: one level, one channel, no heads."""
+    config = {"img_resolution": 4, "img_channels": 1, "label_dim": 2, "model_channels": 2, "channel_mult": [1]}
+    config |= {"num_blocks": 0, "attn_resolutions": [4], "channels_per_head": 2, "logvar_channels": 3}
+    block = {"conv_res0": (2, 2, 3, 3), "emb_linear": (2, 2), "conv_res1": (2, 2, 3, 3)}
+    attention = {"attn_qkv": (6, 2, 1, 1), "attn_proj": (2, 2, 1, 1)}
+    after_cat = {"conv_res0": (2, 4, 3, 3), "emb_linear": (2, 2), "conv_res1": (2, 2, 3, 3), "conv_skip": (2, 4, 1, 1)}
+    shapes = {"unet.out_gain": (), "unet.emb_fourier.freqs": (2,), "unet.emb_fourier.phases": (2,)}
+    shapes |= {
+        "unet.emb_noise.weight": (2, 2),
+        "unet.emb_label.weight": (2, 2),
+        "unet.enc.4x4_conv.weight": (2, 2, 3, 3),
+    }
+    for at, layers in {"in0": block | attention, "in1": block, "block0": after_cat | attention}.items():
+        shapes[f"unet.dec.4x4_{at}.emb_gain"] = ()
+        shapes |= {f"unet.dec.4x4_{at}.{name}.weight": shape for name, shape in layers.items()}
+    shapes |= {"unet.out_conv.weight": (1, 2, 3, 3), "logvar_fourier.freqs": (3,), "logvar_fourier.phases": (3,)}
+    shapes |= {"logvar_linear.weight": (1, 3)}
+    rng = np.random.default_rng(0)
+    return config, {k: np.asarray(rng.standard_normal(v)).astype(np.float16) for k, v in shapes.items()}

@@ -23,7 +23,7 @@ from ddo_jax.errors import UserError
 
 from . import conftest as build
 
-PER_FORMAT = {"nvidia": 1100, "zip": 700, "legacy": 700, "safetensors": 700}  # 3,200
+PER_FORMAT = {"nvidia": 1100, "edm2": 700, "zip": 700, "legacy": 700, "safetensors": 700}  # 3,900
 SECONDS = 5  # for one file of 20 kB: thousands of times what a good one takes, for a busy machine
 BENIGN = {"object.__getattr__", "object.__setattr__", "object.__delattr__", "sys._getframe", "builtins.id"}
 WATCH = {"armed": False, "path": None, "events": []}
@@ -46,10 +46,11 @@ def watch():
 
 
 @pytest.fixture
-def files(small):
+def files(small, small_edm2):
     config, state = small
     return {
         "nvidia": build.nvidia(config, state),
+        "edm2": build.edm2_nvidia(*small_edm2, build.vae_encoder()),
         "zip": build.torch_zip(state),
         "legacy": build.torch_legacy(state),
         "safetensors": safetensors.dumps(state, {"a": "b"}),
@@ -182,7 +183,7 @@ PICKLE = (swap, shuffle, hostile, hostile, oversize, nest, itself, memo)
 
 def in_pickle(kind, data, change):
     """`change` applied to the pickle inside a file of that kind."""
-    if kind == "nvidia":
+    if kind in ("nvidia", "edm2"):
         return change(data)
     if kind == "legacy":  # the fourth pickle names the storages
         start = 0

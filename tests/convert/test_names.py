@@ -33,10 +33,54 @@ def error(what):
 def test_the_table_is_complete():
     assert set(RELEASED) <= set(names.SOURCES)
     assert names.ALIASES["edm-cifar10-uncond-vp"] == "edm-cifar10-32x32-uncond-vp"
-    assert not set(names.ALIASES) & set(names.SOURCES)
+    assert not set(names.ALIASES) & set(names.SOURCES) and set(names.ALIASES.values()) <= set(names.SOURCES)
     ddo = {url.rsplit("/", 1)[1] for name, url in names.SOURCES.items() if name.endswith("-ddo")}
     edm = {"edm-cifar10-uncond-vp-ddo.pkl", "edm-cifar10-cond-vp-ddo.pkl"}
     assert ddo == edm | {"edm2-img64-s-ddo.pkl", "edm2-img512-l-ddo.pkl", "var_d16-ddo.pth", "var_d30-ddo.pth"}
+
+
+NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/edm2/"
+BEST = {  # specs/edm2.md section 6: published FID without guidance
+    "edm2-img64-s": "1073741-0.075",
+    "edm2-img64-m": "2147483-0.060",
+    "edm2-img64-l": "1073741-0.040",
+    "edm2-img64-xl": "0671088-0.040",
+    "edm2-img512-xs": "2147483-0.135",
+    "edm2-img512-s": "2147483-0.130",
+    "edm2-img512-m": "2147483-0.100",
+    "edm2-img512-l": "1879048-0.085",
+    "edm2-img512-xl": "1342177-0.085",
+    "edm2-img512-xxl": "0939524-0.070",
+}
+PUBLISHED = {  # every other score of that table: networks and their guides
+    "img512-{}-2147483": "xs-.200 s-.190 m-.155 xs-.045 s-.025 m-.030 xs-.150 s-.085 m-.015 s-.070 s-.120",
+    "img512-s-uncond-2147483": "-.070 -.090",
+    "img512-xs-uncond-2147483": "-.045 -.025 -.030 -.015 -.020 -.150 -.085 -.035",
+    "img512-l-1879048": "-.155 -.015 -.035",
+    "img512-xl-1342177": "-.155 -.020 -.030",
+    "img512-xxl-0939524": "-.150 -.015 -.075 -.130",
+    "img512-m-0268435": "-.155 -.205",
+    "img512-{}-0134217": "xs-.125 xs-uncond-.110 xs-.165 xs-uncond-.125",
+    "img64-s-1073741": "-.045 -.105",
+    "img64-xs-0134217": "-.110 -.175",
+}
+
+
+def test_edm2_networks():
+    """Every network and guide of the published scores, nothing else; a short name is the best one without guidance."""
+    expected = {f"{short}-{rest}" for short, rest in BEST.items()}
+    for pattern, entries in PUBLISHED.items():
+        expected |= {f"edm2-{pattern.format(size)}-0.{std}" for size, std in (e.split("-.") for e in entries.split())}
+    seen = {name: url for name, url in names.SOURCES.items() if "posthoc-reconstructions" in url}
+    assert set(seen) == expected and len(seen) == 51
+    assert all(url == f"{NVIDIA}posthoc-reconstructions/{name}.pkl" for name, url in seen.items())
+    short = {k: v for k, v in names.ALIASES.items() if k.startswith("edm2")}
+    assert short == {k: f"{k}-{v}" for k, v in BEST.items()}
+    assert "edm2-img512-xs-0134217-0.165" in seen  # DDO's guide (section 6)
+    for data in ("img64", "img512"):
+        assert names.SOURCES[f"edm2-{data}-ref"] == f"{NVIDIA}dataset-refs/{data}.pkl"
+    vae = "hf://stabilityai/sd-vae-ft-mse/diffusion_pytorch_model.safetensors"
+    assert names.SOURCES["sd-vae-ft-mse"] == vae
 
 
 def test_local_paths_and_the_cache_come_first(cache, tmp_path):
@@ -48,6 +92,8 @@ def test_local_paths_and_the_cache_come_first(cache, tmp_path):
         "edm-cifar10-uncond-vp": "edm-cifar10-32x32-uncond-vp.pkl",
         "edm-cifar10-uncond-vp-ddo": "edm-cifar10-uncond-vp-ddo.pkl",
         "var-d16-ddo": "var_d16-ddo.pth",
+        "edm2-img64-s": "edm2-img64-s-1073741-0.075.pkl",
+        "edm2-img512-ref": "img512.pkl",
         "https://example.org/a/b.pkl": "example.org%2Fa%2Fb.pkl",
     }.items():
         (cache / file).touch()
@@ -57,7 +103,8 @@ def test_local_paths_and_the_cache_come_first(cache, tmp_path):
 def test_offline_says_what_and_where(cache):
     seen = error("edm-cifar10-cond-vp")
     assert seen.startswith("edm-cifar10-cond-vp (https://") and "HF_HUB_OFFLINE is set" in seen
-    assert seen.endswith(f"or put the file at {cache / 'edm-cifar10-32x32-cond-vp.pkl'}")
+    where = f"or put the file at {cache / 'edm-cifar10-32x32-cond-vp.pkl'}, "
+    assert seen.endswith(f"{where}or give the path of your own copy instead of edm-cifar10-cond-vp")
     assert str(cache / "edm2-img64-s-ddo.pkl") in error("edm2-img64-s-ddo")
     assert "HF_HUB_OFFLINE is set" in error("gs://bucket/x.pkl")
     assert "owner/repository/file" in error("hf://owner/repository")
@@ -65,6 +112,9 @@ def test_offline_says_what_and_where(cache):
 
 def test_unknown_names():
     assert "edm-cifar10-uncond-vp-ddo" in error("edm-cifar10-uncond-vp-dod")
+    assert "edm2-img64-s-1073741-0.075" in error("edm2-img64-s-1073741-0.085")
+    everything = error("xyzzy")
+    assert "edm2-img512-xxl, " in everything and "edm2-img512-xxl-0939524" not in everything  # readable
     assert "s3:// is not supported; allowed: hf://, gs://, https://" in error("s3://bucket/x")
     assert "http:// is not supported" in error("http://example.org/x")
     assert "no such file and no known name" in error("")

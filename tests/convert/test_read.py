@@ -253,7 +253,7 @@ def test_reading_imports_neither_torch_nor_flax(tmp_path):
 def test_the_released_configurations_are_inferred(tmp_path):
     """Names and shapes alone give back every released architecture."""
     from ddo_jax.convert import layout
-    from ddo_jax.convert.read import infer_edm
+    from ddo_jax.convert.infer import infer_edm
     from ddo_jax.models.edm import RELEASED
 
     for name, config in itertools.islice(RELEASED.items(), 0, None, 4):

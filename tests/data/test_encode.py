@@ -230,8 +230,8 @@ def nan_network(tmp_path):
 ERRORS = {
     "no vae": ([], "arguments are required: --vae; see python -m ddo_jax.data encode --help"),
     "vae": (["--vae=nowhere"], "nowhere: no such file and no known name"),
-    "another network": (["--vae={other_network}"], "other.safetensors: holds an unknown network; allowed: kind sdvae"),
-    "damaged vae": (["--vae={folder}/class0/0.png"], "--vae=.*0.png: .*not a pickle, a torch file or safetensors"),
+    "another network": (["--vae={other_network}"], "other.safetensors: holds an unknown network; allowed: an SD-VAE"),
+    "damaged vae": (["--vae={folder}/class0/0.png"], "--vae: .*0.png: .*not a pickle, a torch file or safetensors"),
     "useless vae": (["--vae={nan_network}", "--channels=1"], "image 0 encoded: holds NaN or infinity"),
     "channels": (["--vae={tiny}"], "--vae=.*: takes 1 channels, not 3; set --channels"),
     "size": (
