@@ -31,6 +31,7 @@ def add_sampler_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--num_steps", type=int, help="sampler steps (default: the checkpoint's own; dpmv3: 25)")
     p.add_argument("--guide", metavar="WHAT", help="a second network: unconditional (CFG) or weaker (autoguidance)")
     p.add_argument("--guidance", type=float, default=1.0, help="D_guide + guidance (D - D_guide); 1: none (default)")
+    p.add_argument("--vae", metavar="WHAT", help="autoencoder of a latent model (default: the checkpoint's own)")
     p.add_argument("--dtype", default="float32", choices=DTYPES, help="of the image path when sampling")
     p.add_argument("--precision", default="highest", choices=("default", "high", "highest"), help="of the sampler")
     p.add_argument(
@@ -56,7 +57,7 @@ def request(args, seeds):
     if (args.guide is None) != (args.guidance == 1):
         missing = "--guide=WHAT" if args.guide is None else "--guidance=1.4 or another weight"
         raise UserError(f"--guide={args.guide} with --guidance={args.guidance}: set {missing}, too")
-    made = (args.rng, args.dtype, args.precision, args.guide, args.guidance)
+    made = (args.rng, args.dtype, args.precision, args.guide, args.guidance, args.vae)
     return sampling.Request(args.checkpoint, seeds, args.labels, args.batch, given, *made)
 
 

@@ -118,8 +118,9 @@ def resolve(what) -> str:
     scheme, found, rest = url.partition("://")
     if not found:
         names = sorted([*SOURCES, *ALIASES])
-        near = difflib.get_close_matches(what, names, n=3) or [n for n in names if n not in _EDM2_FILES]
-        raise UserError(f"{what}: no such file and no known name; allowed: a path, URL or name ({', '.join(near)})")
+        near = difflib.get_close_matches(what, names, n=3)
+        hint = ", ".join(near) if near else "as edm-cifar10-cond-vp-ddo or edm2-img64-s; README lists them"
+        raise UserError(f"{what}: no such file and no known name; allowed: a path, URL or name ({hint})")
     if scheme not in _FETCH:
         raise UserError(f"{what}: {scheme}:// is not supported; allowed: {', '.join(f'{s}://' for s in _FETCH)}")
     known = url != what

@@ -59,6 +59,11 @@ class DPMSettings(NamedTuple):
     intervals: int = 250
 
     @property
+    def solver(self) -> str:
+        """Its name in configs and records."""
+        return "dpmv3"
+
+    @property
     def nfe(self) -> int:
         """Network evaluations per image: one a step, also with the corrector."""
         return self.num_steps

@@ -50,6 +50,11 @@ class HeunSettings(NamedTuple):
     grid: str = "float64"
 
     @property
+    def solver(self) -> str:
+        """Its name in configs and records."""
+        return "heun"
+
+    @property
     def nfe(self) -> int:
         """Network evaluations per image: 2n - 1, for the last step is Euler's."""
         return 2 * self.num_steps - 1

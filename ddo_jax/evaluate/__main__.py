@@ -124,12 +124,12 @@ def checkpoint_jobs(args) -> list[Job]:
     rules = {"balanced": "balanced by position", "random": f"random by seed ({args.rng})"}
     made = model.protocol | {
         "labels": rules.get(args.labels, f"class {args.labels}") if classes else "none",
-        "quantised_to": f"uint8, {model.levels} levels",
+        "quantised_to": f"uint8, {model.family.levels} levels",
     }
     jobs = []
     for text, s in zip(ranges, seeds, strict=True):
         labels = sampling.labels_of(asked, s, model.family)  # by its own positions, whatever the other ranges
-        jobs.append(Job(text, len(s), shape, model.levels, classes, records(s, labels), {**made, "seeds": text}))
+        jobs.append(Job(text, len(s), shape, model.family.levels, classes, records(s, labels), {**made, "seeds": text}))
     return jobs
 
 

@@ -23,6 +23,7 @@ class Family:
       name: "edm", ...
       num_classes: K, 0 for unconditional models.
       image_shape: (H, W, C) of a decoded image.
+      levels: grey levels of decoded images.
       record_shapes: shapes of record["image"] that `encode` takes, without the batch: pixels, or raw latents.
       nfe: network evaluations of one sample under settings: settings -> int.
       init: key -> (params, frozen). frozen: the network's buffers: no gradient, optimizer or EMA.
@@ -53,6 +54,7 @@ class Family:
     name: str
     num_classes: int
     image_shape: tuple[int, int, int]
+    levels: int
     record_shapes: tuple
     nfe: Callable[[Any], int]
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]

@@ -160,6 +160,7 @@ class Diffusion:
             name=name,
             num_classes=self.module.label_dim,
             image_shape=self.codec.image_shape,
+            levels=self.codec.levels,
             record_shapes=self.codec.record_shapes,
             companions=self.codec.companions,
             nfe=lambda settings: settings.nfe,

@@ -87,12 +87,15 @@ class EDM(Diffusion):
             return safetensors.flatten(params), {"ddo_jax_kind": "mlp"}
         arguments = released_arguments(self.model)
         arrays = convert.to_torch("edm", arguments, {"params": params, **frozen})
-        return arrays, {"ddo_jax_kind": "edm", "ddo_jax_config": json.dumps(arguments)}
+        levels = {} if self.model["levels"] == 256 else {"ddo_jax_levels": str(self.model["levels"])}
+        return arrays, {"ddo_jax_kind": "edm", "ddo_jax_config": json.dumps(arguments), **levels}
 
 
 def configure(config, released) -> None:
     """Set config.model and config.sampler to those of a released EDM checkpoint (specs/edm.md section 11)."""
     config.model = ConfigDict(model_config(released.config))
+    levels = str(released.extras.get("metadata", {}).get("ddo_jax_levels", 256))
+    config.model.levels = int(levels) if levels.isdecimal() and 2 <= int(levels) <= 256 else 256
     resolution, network = released.config["img_resolution"], released.config["model_type"]
     if network == "DhariwalUNet":  # ImageNet-64: 511 NFE
         config.sampler.update(num_steps=256, s_churn=40.0, s_min=0.05, s_max=50.0, s_noise=1.003)

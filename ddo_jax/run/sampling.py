@@ -27,6 +27,7 @@ class Request(NamedTuple):
       batch: images per program run. sampler: overrides of the checkpoint's sampler settings.
       rng: "jax" or "torch-cpu". dtype: of the image path. precision: of matrix products.
       guide: WHAT of a second network, or None. guidance: its weight; 1: the guide is not used.
+      vae: WHAT of another autoencoder than the checkpoint names, or None.
     """
 
     checkpoint: str
@@ -39,13 +40,28 @@ class Request(NamedTuple):
     precision: str = "highest"
     guide: str | None = None
     guidance: float = 1.0
+    vae: str | None = None
+
+    def family(self, found):
+        """The family of what `load.find` found, as the request wants it.
+
+        Raises:
+          UserError: an autoencoder for a network of pixels.
+        """
+        wanted = {"eval.dtype": self.dtype, "precision": self.precision}
+        family = load.family_of(found, **wanted)
+        if self.vae is None:
+            return family
+        if len(family.record_shapes) == 1:
+            raise UserError(f"--vae: {self.vae}; allowed for latent models only, and this one works on pixels")
+        return load.family_of(found, **wanted, **{"model.vae": self.vae})
 
 
 class Generator(NamedTuple):
     """A model that is ready to sample: what `open_generator` makes of a request.
 
     Attributes:
-      family, settings, params, frozen, levels: of the main network. sampler: of `score.make_sampler`.
+      family, settings, params, frozen: of the main network. sampler: of `score.make_sampler`.
       protocol: how its images are made, for records.
     """
 
@@ -53,7 +69,6 @@ class Generator(NamedTuple):
     settings: Any
     params: Any
     frozen: Any
-    levels: int
     sampler: Any
     protocol: dict
 
@@ -111,7 +126,7 @@ def open_guide(request: Request, main, mesh) -> score.Guide | None:
     if request.guide is None:
         return None
     found = load.find(request.guide)
-    family = load.family_of(found, **{"eval.dtype": request.dtype, "precision": request.precision})
+    family = request.family(found)
     here, there = ((f.record_shapes, f.num_classes) for f in (main, family))
     if here[0] != there[0] or there[1] not in (0, here[1]):
         raise UserError(
@@ -129,7 +144,7 @@ def open_generator(request: Request) -> Generator:
       UserError: what cannot be loaded or sampled.
     """
     found = load.find(request.checkpoint)
-    family = load.family_of(found, **{"eval.dtype": request.dtype, "precision": request.precision})
+    family = request.family(found)
     settings = load.settings_of(found, family, request.sampler)
     mesh = sharding.make_mesh(1)
     params, frozen = load.parameters(found, family, mesh)
@@ -148,15 +163,14 @@ def open_generator(request: Request) -> Generator:
     protocol = {
         "checkpoint": request.checkpoint,
         "weights": weights_digest(params),
-        "sampler": settings._asdict(),
+        "sampler": {"solver": settings.solver, **settings._asdict()},
         "nfe": family.nfe(settings) * (1 if guide is None else 2),
         "guidance": guidance,
         "rng": request.rng,
         "dtype": request.dtype,
         "precision": request.precision,
     }
-    levels = found.config.model.levels if isinstance(found, load.Ours) else 256
-    return Generator(family, settings, params, frozen, levels, sampler, protocol)
+    return Generator(family, settings, params, frozen, sampler, protocol)
 
 
 def labels_of(request: Request, seeds: np.ndarray, family) -> np.ndarray:
@@ -184,7 +198,7 @@ def generate(request: Request, skip=None) -> tuple[Iterator[tuple[np.ndarray, np
             yield seeds[at : at + n], record["label"], record["image"]
             at += n
 
-    return pieces(), model.levels
+    return pieces(), model.family.levels
 
 
 def png_path(out: epath.Path, seed: int, subdirs: bool) -> epath.Path:

@@ -150,6 +150,7 @@ def test_npz_for_other_evaluators(released, tmp_path):
         (["--batch=0"], "--batch: 0; allowed: at least 1"),
         (["--rng=cuda"], "invalid choice: 'cuda'"),
         (["--solver=euler"], "invalid choice: 'euler'"),
+        (["--vae=x"], "--vae: x; allowed for latent models only"),
         (["--guidance=1.5"], "--guide=None with --guidance=1.5: set --guide=WHAT, too"),
         (["--guide=x"], "--guide=x with --guidance=1.0: set --guidance=1.4 or another weight, too"),
         (["--guidance=nan", "--guide=x"], "--guidance: nan; allowed: a finite number"),
