@@ -24,19 +24,33 @@ from ddo_jax.evaluate import digits, score
 from ddo_jax.evaluate.features import FeatureNet
 from ddo_jax.families import get_family
 from ddo_jax.run import config as configs
-from ddo_jax.run import state, step
+from ddo_jax.run import rounds, state, step
 
 c = configs.base()
-c.model.update(arch="mlp", img_resolution=8, img_channels=1, label_dim=10, levels=17)
-with c.unlocked():
-    c.model.update(width=64, blocks=1)
+c.model.update(img_resolution=8, img_channels=1, label_dim=10, levels=17)
 c.sampler.num_steps = 4
 c.ddo.update(batch=16, lr=1e-3, ema_mimg=32e-6, eps=1e-3)
-family = get_family(c)
 rng = np.random.default_rng(0)
 images, labels = rng.integers(0, 17, (64, 8, 8, 1)).astype(np.uint8), np.arange(64, dtype=np.int32) % 10
+records, guide = images, None
 key = jax.random.key(3)
+if sys.argv[1] == "mlp":
+    with c.unlocked():
+        c.model.update(arch="mlp", width=64, blocks=1)
+else:  # latents, two EMA lengths, remat, a guided DPM-Solver
+    with c.unlocked():
+        c.family, c.remat = "edm2", True
+        c.model.update(arch="UNet", model_channels=32, channel_mult=(1,), num_blocks=1, attn_resolutions=(4,))
+        c.model.update(channels_per_head=16, img_resolution=4, img_channels=4, vae=sys.argv[2], image_size=8)
+        c.model.update(image_channels=1, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4)
+    c.sampler.solver, c.ddo.ema_stds = "dpmv3", (0.05, 0.1)
+    records = np.abs(rng.normal(size=(64, 4, 4, 8))).astype(np.float32)
+family = get_family(c)
 start, frozen = jax.tree.map(np.asarray, jax.jit(family.init)(key))
+if sys.argv[1] == "edm2":
+    start = jax.tree.map(lambda v: v if v.ndim else np.ones((), np.float32), start)  # gains: 0 at the start
+    frozen |= family.companions()
+    guide = score.Guide(family, jax.tree.map(lambda v: 0.5 * v, start), frozen, 1.5)
 weights = [(rng.normal(size=s).astype(np.float32), np.zeros(s[1], np.float32)) for s in ((64, 32), (32, 10))]
 
 def apply(x):
@@ -48,22 +62,22 @@ network = FeatureNet("random", "0", "fd", 1.0, apply)
 def everything(devices, fsdp):
     mesh = sharding.make_mesh(fsdp, devices)
     tx = state.optimizer(c.ddo)
-    current = sharding.place(mesh, state.new_state(jax.tree.map(np.asarray, start), tx))
-    ref = sharding.place(mesh, start)
+    first, ref = rounds.anchors(family, mesh, sharding.place(mesh, start))
+    current = sharding.place(mesh, state.new_state(first, tx, c.ddo.ema_stds))
     shapes = jax.eval_shape(lambda: current)
     advance = step.make_step(family, c.ddo, tx, mesh, shapes, objective="ddo", warmup=0.0, total=1e6)
     totals = sharding.replicate(mesh, step.zero_totals("ddo"))
     hyper, k = step.Hyper(4.0, 0.2, 1e-3, (-0.4, 1.2)), sharding.replicate(mesh, key)
     for i in range(2):
-        parts = [sharding.put_batch(mesh, {"image": images[j::4], "label": labels[j::4]}) for j in (i, i + 2)]
+        parts = [sharding.put_batch(mesh, {"image": records[j::4], "label": labels[j::4]}) for j in (i, i + 2)]
         current, totals = advance(current, totals, ref, frozen, *parts, k, hyper)
     spread = {str(x.sharding.spec) for x in jax.tree.leaves(current["params"])}
-    sampler = score.make_sampler(family, family.settings(c.sampler), mesh, 16)
+    sampler = score.make_sampler(family, family.settings(c.sampler), mesh, 16, guide=guide)
     seeds = np.arange(40)
-    records = list(sampler(current["ema"], frozen, seeds, seeds % 10))
+    sampled = list(sampler(current["ema"], frozen, seeds, seeds % 10))
     reference = {"train": score.reference(network, images)}
-    found, _ = score.score(network, reference, iter(records))
-    made = np.concatenate([r["image"] for r in records])
+    found, _ = score.score(network, reference, iter(sampled))
+    made = np.concatenate([r["image"] for r in sampled])
     return jax.tree.map(np.asarray, current), jax.device_get(totals), made, found, spread
 
 a = everything(jax.devices()[:1], 1)
@@ -80,10 +94,12 @@ print(json.dumps({
 """
 
 
-def test_eight_devices_equal_one():
+@pytest.mark.parametrize("network", ["mlp", pytest.param("edm2", marks=pytest.mark.slow)])
+def test_eight_devices_equal_one(network):
     """Breaks if a mean, a draw or a sample depends on the number of devices, or nothing is sharded at all."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", SCRIPT, network, str(ROOT / "configs" / "digits_vae.safetensors")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["devices"] == 8 and any("fsdp" in spec for spec in found["sharded"])
