@@ -99,6 +99,7 @@ class Run:
 
 MAIN, EXACT = (DDPMPP, np.float32), (DDPMPP, np.float64)
 OTHERS = [(f"edm_{name}_small", np.float32) for name in ("ncsnpp", "song_skip", "adm")]
+ADM = OTHERS[-1]
 RELEASE = ("edm_ncsnpp_release_small", np.float32)  # its wiring is part of the first of the others
 
 
@@ -106,9 +107,8 @@ def label(param):
     return f"{param[0]}-{param[1].__name__}"
 
 
-def runs(*fast):
-    """Parametrise with all runs, those not named here marked slow."""
-    every = [MAIN, EXACT, *OTHERS, RELEASE]
+def runs(*fast, every=(MAIN, EXACT, *OTHERS, RELEASE)):
+    """Parametrise with `every` run, those not named here marked slow."""
     marked = [p if p in fast else pytest.param(p, marks=pytest.mark.slow) for p in every]
     return pytest.mark.parametrize("run", marked, indirect=True, ids=label)
 
@@ -192,7 +192,7 @@ def test_edm_loss(run):
     run.check_gradients("loss/grad_", run.pull(run.variables, x_in, c_noise, labels, df)[1])
 
 
-@runs(MAIN, EXACT)
+@runs(MAIN, EXACT, every=(MAIN, EXACT, ADM))
 def test_ddo_loss(run):
     """As the product does: F of target and reference, factored r, gradient through the target only."""
     sigma, eps = draws(run)
@@ -220,7 +220,7 @@ def test_ddo_loss(run):
     run.check_gradients("ddo/grad_", jax.tree.map(jnp.add, *parts))
 
 
-@runs(MAIN, EXACT)
+@runs(MAIN, EXACT, every=(MAIN, EXACT))
 @pytest.mark.parametrize("key", ["samp", "churn"])
 def test_sampler(run, key):
     latents, labels, noise = run.get(f"{key}/latents"), run.get(f"{key}/labels"), run.get(f"{key}/noise")
