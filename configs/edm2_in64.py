@@ -7,8 +7,10 @@ EDM2-S weights, the Inception weights and EDM2's reference statistics (README, "
 
     python -m ddo_jax.data ~/imagenet/train imagenet-64x64.zip --resolution=64 --crop=center-dhariwal
 
-280 million parameters; `--dry_run` adds up memory, FLOPs and images, and lists what is missing. On one 80 GB GPU set
---config.ddo.accumulation=8. NOT RUN here (no weights, no accelerator).
+280 million parameters; `--dry_run` adds up memory, FLOPs and images, and lists what is missing. Compiled, not run
+(benchmarks/aot.py): one 80 GB GPU --config.ddo.accumulation=8 --config.remat=False (60 GB), or accumulation=4 (40 GB);
+8 x H100 --config.mesh.fsdp=8 (22 GB each); v5e:4x4 --config.mesh.fsdp=16 --config.ddo.accumulation=4 (6 GB a chip).
+NOT RUN here (no weights, no accelerator).
 
 Variants: `:search` the grid over alpha and beta in every round, `:from_scratch` EDM2's own pretraining first,
 `:released` scores the authors' fine-tuned weights (the one-command reproduction of 0.97), `:runlocal` the same code

@@ -24,6 +24,11 @@ _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Several hosts: Slurm, GKE and TPU pods are detected by JAX (see launch/)"
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config, sizes and the plan, and stop")
+_IMAGES_PER_S = flags.DEFINE_list(
+    "images_per_s",
+    None,
+    "With --dry_run, for hours: TRAIN[,SAMPLE], real images of DDO steps and images sampled a second",
+)
 
 
 def parse(argv):
@@ -69,6 +74,8 @@ def default_workdir() -> str:
 def main(argv):
     if len(argv) > 1:
         fail(f"unexpected argument {argv[1]!r}; flags are written --config=... --workdir=...")
+    if _IMAGES_PER_S.value and not _DRY_RUN.value:
+        fail("--images_per_s only adds hours to --dry_run; leave it out, or add --dry_run")
     logging.set_verbosity(logging.ERROR)  # Orbax warns of every read-only manager; our own lines use the console
     if _DISTRIBUTED.value:
         import jax
@@ -80,7 +87,7 @@ def main(argv):
     try:
         with compilation.cache():
             if _DRY_RUN.value:
-                print(plan.plan(_CONFIG.value, workdir))
+                print(plan.plan(_CONFIG.value, workdir, _IMAGES_PER_S.value))
             else:
                 selfplay.run(_CONFIG.value, workdir)
     except UserError as e:

@@ -1,18 +1,24 @@
 """`--dry_run`: what a run will do and need, from shapes alone. Nothing of the real size is allocated."""
 
 import math
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
-from ddo_jax import sharding
+from ddo_jax.convert import names
 from ddo_jax.data import sources
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate import features
+from ddo_jax.families import get_family
 from ddo_jax.run import config as configs
-from ddo_jax.run import load, state
+from ddo_jax.run import load, memory, state
 from ddo_jax.run.prepare import check_network
+
+EACH_ROUND = "each round"
+PASSES = {"pretrain": 3, "ddo": 8, "control": 3}  # phases in order; see `work`
+SHOW_HOURS = "--images_per_s=TRAIN[,SAMPLE] (real images of DDO steps a second, all devices; images sampled a second)"
 
 
 def human(number: float, unit: str = "") -> str:
@@ -28,61 +34,72 @@ def human(number: float, unit: str = "") -> str:
 
 def forward_flops(family, params, frozen, batch: int = 8) -> float:
     """FLOPs of one forward pass of one image, as XLA counts them before optimisation."""
-    record = {
-        "image": jax.ShapeDtypeStruct((batch, *family.image_shape), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((batch,), jnp.int32),
-    }
 
     def forward(params, frozen, record, key):
         examples = family.encode(frozen, record, key)
         return family.score(params, frozen, examples, family.draw(key, batch, (0.0, 1.0)))
 
     key = jax.eval_shape(lambda: jax.random.key(0))
-    cost = jax.jit(forward).lower(params, frozen, record, key).cost_analysis() or {}
+    cost = jax.jit(forward).lower(params, frozen, memory.record(family, batch), key).cost_analysis() or {}
     return float(cost.get("flops", math.nan)) / batch
 
 
-def bytes_per_device(mesh, tree) -> int:
-    """Bytes of a pytree on one device under the sharding rule."""
-    shardings = sharding.tree_sharding(mesh, tree)
-    sizes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings)
-    return sum(jax.tree.leaves(sizes))
-
-
-def plan(config: ConfigDict, workdir: str) -> str:
+def plan(config: ConfigDict, workdir: str, images_per_s: list[str] | None = None) -> str:
     """The text that `--dry_run` prints.
 
+    Args:
+      images_per_s: the flag of `ddo_jax.main`, see `SHOW_HOURS`.
+
     Raises:
-      UserError: the config cannot run.
+      UserError: the config cannot run, or `images_per_s` is not one or two numbers.
     """
     devices = jax.devices()
     family, settings, mesh = check_network(config)
-    found = at_hand(config)
+    rates = throughput(images_per_s)
+    found = at_hand(config, family)
     images = found["data"][1]
     params, frozen = jax.eval_shape(family.init, jax.random.key(0))
-    training = jax.eval_shape(lambda p: state.new_state(p, state.optimizer(config.ddo)), params)
-    flops = forward_flops(family, params, frozen)
-    held = bytes_per_device(mesh, training)
-    reference = bytes_per_device(mesh, params)
+    flops, nfe = forward_flops(family, params, frozen), family.nfe(settings)
+    step = passes(config, "ddo") * flops * config.ddo.batch
     sections = [
         "config",
-        _indent("\n".join(f"{key} = {value!r}" for key, value in configs.leaves(config))),
+        _indent([f"{key} = {value!r}" for key, value in configs.leaves(config)]),
         f"workdir      {workdir}",
         f"devices      {len(devices)} x {devices[0].device_kind}, mesh {dict(mesh.shape)}",
         f"network      {state.parameter_count(params):,} parameters",
-        f"memory       {human(held, 'B')} per device for parameters, EMA and optimizer, {human(reference, 'B')} "
-        "for the reference, as much again for gradients; activations come on top",
-        f"forward      {human(flops, 'FLOP')} per image; a DDO step {human(8 * flops * config.ddo.batch, 'FLOP')}, "
-        f"an image sampled {human(family.nfe(settings) * flops, 'FLOP')} ({family.nfe(settings)} NFE)",
+        "memory",
+        _indent(_memory(config, len(devices), params)),
+        f"forward      {human(flops, 'FLOP')} per image; a DDO step {human(step, 'FLOP')}, "
+        f"an image sampled {human(nfe * flops, 'FLOP')} ({nfe} NFE)",
         *(f"{name:<12} {text}" for name, (text, _) in found.items()),
         "plan",
-        _indent("\n".join(_phases(config, images))),
-        f"disk         {human(_disk(config, family, params), 'B')} at most at a time in the workdir",
+        _indent(_phases(config, images)),
+        "cost",
+        _indent(_costs(config, work(config, images), flops, nfe, rates)),
+        f"disk         {human(_disk(config, family, params, images), 'B')} at most at a time in the workdir",
     ]
     return "\n".join(sections)
 
 
-def at_hand(config) -> dict[str, tuple[str, int]]:
+def throughput(images_per_s: list[str] | None) -> tuple[float, ...]:
+    """The numbers of --images_per_s, or ().
+
+    >>> throughput(["120", "35.5"]), throughput(None)
+    ((120.0, 35.5), ())
+
+    Raises:
+      UserError: not one or two numbers above 0.
+    """
+    try:
+        rates = tuple(map(float, images_per_s or ()))
+    except ValueError:
+        rates = (0.0,)
+    if len(rates) > 2 or not all(0 < rate < math.inf for rate in rates):
+        raise UserError(f"--images_per_s={','.join(images_per_s)}: allowed: one or two numbers above 0, as in 120,35")
+    return rates
+
+
+def at_hand(config, family) -> dict[str, tuple[str, int]]:
     """{input: (what it is or where to get it, number of images)}: a plan needs no file, a run needs them all."""
 
     def data():
@@ -98,7 +115,18 @@ def at_hand(config) -> dict[str, tuple[str, int]]:
         load.find(config.init)
         return f"{config.init}, at hand", 0
 
-    wanted = {"data": data, "scores": scores} | ({} if config.init == "scratch" else {"start": start})
+    def autoencoder():
+        parts = family.companions()
+        return f"at hand, {human(memory.tree_bytes(parts), 'B')} on every device", 0
+
+    def references():
+        names.resolve(config.eval.reference)
+        return f"{config.eval.reference}, at hand", 0
+
+    wanted = {"data": data, "scores": scores}
+    wanted |= {"references": references} if config.eval.reference else {}
+    wanted |= {"autoencoder": autoencoder} if len(family.record_shapes) > 1 else {}
+    wanted |= {"start": start} if config.init != "scratch" else {}
     found = {}
     for name, look in wanted.items():
         try:
@@ -108,8 +136,33 @@ def at_hand(config) -> dict[str, tuple[str, int]]:
     return found
 
 
-def _indent(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.rstrip().splitlines())
+def _indent(lines: list[str]) -> str:
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _memory(config, devices: int, params) -> list[str]:
+    """A training step of every phase on one device: as configured, and with `remat` the other way round."""
+    lines, families = [], {}
+    for remat in (config.remat, not config.remat):
+        variant = config.copy_and_resolve_references()
+        variant.remat = remat
+        families[remat] = get_family(variant)
+    for section in [s for s in PASSES if _candidates(config, s)]:
+        objective = "ddo" if section == "ddo" else "mle"
+        parts, other = (
+            memory.step_bytes(family, config[section], objective, devices, config.mesh.fsdp)
+            for family in families.values()
+        )
+        listed = ", ".join(f"{name} {human(size, 'B')}" for name, size in parts.items() if name != "total")
+        lines.append(f"{section}: {human(parts['total'], 'B')} per device with remat={config.remat}: {listed}")
+        if other != parts:  # networks without blocks have nothing to recompute
+            lines.append(f"{section}: {human(other['total'], 'B')} per device with remat={not config.remat}")
+    copies = memory.KEPT * memory.tree_bytes(params, config.mesh.fsdp)
+    lines.append(f"{human(copies, 'B')} more for the parameters of the run's start, the last best, the round's start")
+    return [
+        *lines,
+        "estimates before fusion; edm2_in64 compiled for H100s takes 0.5 to 1.0 of them, for a TPU v5e 0.4 to 2.7",
+    ]
 
 
 def _length(config, section: str, examples: int, key: str) -> int | None:
@@ -117,36 +170,131 @@ def _length(config, section: str, examples: int, key: str) -> int | None:
     return configs.steps(c[key], c.batch, examples, f"{section}.{key}")
 
 
+def _total(config, section: str, examples: int) -> int:
+    """Steps of a phase."""
+    if section == "control":
+        return config.control.factor * config.ddo.rounds * _total(config, "ddo", examples)
+    return _length(config, section, examples, "length")
+
+
+def _times(config, section: str, examples: int, key: str) -> int:
+    """How often a phase does what it does `key` = "eval_every" or "snapshot_every" steps; at its end too."""
+    every = _length(config, section, examples, key)
+    return math.ceil(_total(config, section, examples) / every) if every else 0
+
+
+def _candidates(config, section: str) -> int:
+    """Trainings of a phase: of the pretraining, of one round, of the control; 0 if it is off."""
+    if section == "pretrain":
+        return int(config.init == "scratch")
+    if section == "ddo":
+        return len(config.ddo.alpha) * len(config.ddo.beta) if config.ddo.rounds else 0
+    return len(config.control.lrs) if config.control.enabled and config.ddo.rounds else 0
+
+
 def _phases(config, examples: int) -> list[str]:
     lines = []
     if config.init == "scratch":
-        total = _length(config, "pretrain", examples, "length")
-        lines.append(f"pretrain     {total} steps of {config.pretrain.batch} images")
+        lines.append(f"pretrain     {_total(config, 'pretrain', examples)} steps of {config.pretrain.batch} images")
     else:
         lines.append(f"start        {config.init}")
-    grid = len(config.ddo.alpha) * len(config.ddo.beta)
-    if config.ddo.rounds:
-        total = _length(config, "ddo", examples, "length")
-        every = _length(config, "ddo", examples, "eval_every")
-        judged = config.eval.select_num or config.eval.num
-        evaluations = 1 + grid * (math.ceil(total / every) if every else 0)
+    c, grid, steps = config.ddo, _candidates(config, "ddo"), _total(config, "ddo", examples)
+    if c.rounds:
+        evaluations = 1 + grid * _times(config, "ddo", examples, "eval_every")
         lines.append(
-            f"{config.ddo.rounds} rounds     {config.ddo.pool} fakes, then {grid} candidates of {total} steps of "
-            f"{config.ddo.batch} + {config.ddo.batch} images; {evaluations} evaluations of {judged} images"
+            f"{c.rounds} rounds     {c.pool} fakes, then {grid} candidates of {steps} steps of "
+            f"{c.batch} + {c.batch} images; {evaluations} evaluations of {_judged(config)} images"
         )
-        if config.control.enabled:
-            steps = config.control.factor * config.ddo.rounds * total
-            lines.append(f"control      {len(config.control.lrs)} learning rates, {steps} steps each")
+    if config.control.enabled and c.rounds:
+        steps = _total(config, "control", examples)
+        lines.append(f"control      {_candidates(config, 'control')} learning rates, {steps} steps each")
     lines.append(f"report       {config.eval.report_seeds} seed ranges of {config.eval.num} images a system")
     return lines
 
 
-def _disk(config, family, params) -> float:
-    """Checkpoints (latest two and best of all candidates of a round, one of every older round), pool, best/."""
-    grid = max(1, len(config.ddo.alpha) * len(config.ddo.beta))
-    pool = config.ddo.pool * math.prod(family.image_shape)
-    state_bytes = 4 * 4 * state.parameter_count(params)
-    rounds = config.ddo.rounds if config.keep == "all" else min(config.ddo.rounds, 1)
-    kept = config.ddo.rounds - rounds
-    others = 3 * (len(config.control.lrs) if config.control.enabled else 0) + 3 * (config.init == "scratch")
-    return rounds * (pool + 3 * grid * state_bytes) + (kept + others + 0.5) * state_bytes
+def _judged(config) -> int:
+    """Images of one evaluation inside a phase."""
+    return config.eval.select_num or config.eval.num
+
+
+def passes(config, section: str) -> int:
+    """Forward passes that a real image costs in training, and what it brings along (see `work`)."""
+    return PASSES[section] + config.remat * (2 if section == "ddo" else 1)
+
+
+class Work(NamedTuple):
+    """What a part of a run costs. trained: real images. passes: see there. sampled: images."""
+
+    name: str
+    trained: int
+    passes: int
+    sampled: int
+
+
+def work(config, examples: int) -> list[Work]:
+    """The parts of a run in order; a round once.
+
+    A backward pass costs two forward passes. DDO trains on a real image and a fake with the target, and evaluates
+    the reference on both: 2 (1 + 2) + 2 = 8; MLE takes 3; with remat every trained image takes one more.
+    """
+    parts = []
+    for section in PASSES:
+        if grid := _candidates(config, section):
+            evaluations = grid * _times(config, section, examples, "eval_every")
+            sampled = _judged(config) * evaluations
+            if section == "ddo":
+                sampled += _judged(config) + config.ddo.pool
+            trained = grid * _total(config, section, examples) * config[section].batch
+            name = EACH_ROUND if section == "ddo" else section
+            parts.append(Work(name, trained, passes(config, section), sampled))
+    systems = 1 + bool(config.ddo.rounds) + bool(_candidates(config, "control"))
+    return [*parts, Work("report", 0, 0, systems * config.eval.report_seeds * config.eval.num)]
+
+
+def _costs(config, parts: list[Work], flops: float, nfe: int, rates: tuple[float, ...]) -> list[str]:
+    """A line for every part, and for all of them: images, PFLOP and, at `rates` (see `throughput`), hours."""
+    rounds, ddo = config.ddo.rounds, passes(config, "ddo")
+    train = rates[0] if rates else math.nan
+    sample = rates[1] if len(rates) > 1 else train * ddo / nfe  # at the same FLOP/s
+
+    def line(name, real, sampled, pflop, hours):
+        return f"{name:<14} {real:>14} {sampled:>14} {pflop:>14}" + (f" {hours:>10}" if rates else "")
+
+    def row(name, some: list[Work], times: int = 1):
+        trained, sampled = (times * sum(getattr(p, key) for p in some) for key in ("trained", "sampled"))
+        forwards = times * sum(p.trained * p.passes for p in some)
+        hours = (forwards / ddo / train + sampled / sample) / 3600
+        pflop = (forwards + nfe * sampled) * flops / 1e15
+        return line(name, f"{trained:,}", f"{sampled:,}", f"{pflop:,.4g}", f"{hours:,.4g}")
+
+    lines = [line("", "real images", "sampled", "PFLOP", "hours")]
+    for part in parts:
+        lines.append(row(part.name, [part]))
+        if part.name == EACH_ROUND:
+            lines.append(row(f"all {rounds} rounds", [part], rounds))
+    lines.append(row("everything", [p for p in parts for _ in range(rounds if p.name == EACH_ROUND else 1)]))
+    if rates:
+        return [*lines, f"at {train:g} real images/s in DDO steps and {sample:.4g} images/s sampled, over all devices"]
+    return [*lines, f"hours: give {SHOW_HOURS}"]
+
+
+def _disk(config, family, params, examples: int) -> float:
+    """Checkpoints (latest two and best of a round's candidates, one of every older round), pool, snapshots, best/."""
+    count = state.parameter_count(params)
+    total = 2 * 4 * count  # best/: a checkpoint of the EMA, and safetensors
+    for section in [s for s in PASSES if _candidates(config, s)]:
+        emas, candidates = config[section].ema_stds, _candidates(config, section)
+        checkpoint = 4 * count * (3 + max(1, len(emas)))  # parameters, two moments, EMAs
+        snapshots = 2 * count * len(emas) * _times(config, section, examples, "snapshot_every")  # float16; all stay
+        times = config.ddo.rounds if section == "ddo" else 1
+        whole = times if config.keep == "all" else 1  # with all its checkpoints and its pool
+        total += 3 * candidates * checkpoint * whole + checkpoint * (times - whole) + snapshots * candidates * times
+        total += _pool(config, family) * whole if section == "ddo" else 0
+    return total
+
+
+def _pool(config, family) -> int:
+    """Bytes of a round's fakes: pixels, or latents in float32."""
+    if len(family.record_shapes) == 1:
+        return config.ddo.pool * int(np.prod(family.image_shape))
+    return config.ddo.pool * 4 * int(np.prod(family.record_shapes[-1])) // 2  # records of data: mean and deviation
