@@ -59,5 +59,7 @@ def get_config(variant: str = ""):
 def runlocal(config) -> None:
     common.runlocal_edm2(config)
     config.model.update(img_resolution=4, img_channels=4, attn_resolutions=(4,))
-    config.model.update(vae=str(Path(__file__).resolve().with_name("digits_vae.safetensors")), image_size=8, image_channels=1)
+    config.model.update(
+        vae=str(Path(__file__).resolve().with_name("digits_vae.safetensors")), image_size=8, image_channels=1
+    )
     config.model.update(latent_mean=(-0.41, 0.67, 0.07, -0.16), latent_std=(0.75, 1.92, 1.72, 1.46))  # its metadata

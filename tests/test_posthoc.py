@@ -49,6 +49,7 @@ def half(state):
     return {k: v if k.endswith("resample_filter") else v.astype(np.float16) for k, v in state.items()}
 
 
+@pytest.mark.slow
 def test_to_a_file_that_is_sampled_from(run, tmp_path, capsys):
     """Breaks if the sum, its names or its metadata are not those of the network."""
     workdir, states = run

@@ -13,7 +13,7 @@ from ddo_jax.convert.read import Released, read
 
 __all__ = ["KINDS", "Released", "from_torch", "layout", "read", "to_torch"]
 
-KINDS = {kind: f"ddo_jax.convert.{kind}" for kind in ("dinov2", "edm", "edm2", "inception", "sdvae")}
+KINDS = {kind: f"ddo_jax.convert.{kind}" for kind in ("dinov2", "edm", "edm2", "inception", "sdvae", "var", "vqvae")}
 
 
 def _converter(kind: str):

@@ -22,6 +22,9 @@ from ddo_jax.convert.inert import UnsafeOrDamaged
 from ddo_jax.convert.read import CONFIG_KEY, ENCODER_KEY, KIND_KEY, Released, count, read, same_bytes
 from ddo_jax.errors import UserError
 
+BUFFERS = (".freqs", ".phases", ".resample_filter")  # how the names of constants end: EDM, EDM2
+BUFFERS += ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")  # VAR and its tokenizer
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, without the usage
@@ -96,7 +99,7 @@ def convert_checked(released: Released) -> dict:
         raise UserError(str(e)) from None
     if not same_bytes(state, released.state_dict):
         raise UserError("a resample_filter differs in its last bits from the one of the configuration")
-    buffers = sum(name.endswith((".freqs", ".phases", ".resample_filter")) for name in state)
+    buffers = sum(name.endswith(BUFFERS) for name in state)
     print(f"kind {released.kind}; {len(state) - buffers} parameter tensors, {buffers} buffers, {count(state):,} values")
     if wide := sum(dtype == "bfloat16" for dtype in released.extras["dtypes"].values()):
         print(f"{wide} bfloat16 tensors are widened to float32, without loss")

@@ -4,7 +4,8 @@
     infer_edm(state), infer_edm2(state), infer_dinov2(state)   # arguments from the arrays alone
     edm_config(recorded, state), edm2_config(recorded, state)  # as recorded, completed and checked by the arrays
 
-Nothing is allocated: `state` may hold anything with a shape. Sources: specs/edm.md 6, 7, 16.2; edm2.md 3-7, 13.
+Nothing is allocated: `state` may hold anything with a shape. Sources: specs/edm.md 6, 7, 16.2; edm2.md 3-7, 13;
+var.md 6.
 """
 
 import math
@@ -21,8 +22,8 @@ INCEPTION = {
     "layers.conv.weight": "nvidia",
     "layers.conv.conv.weight": "mixed",
 }
-# In every state dict of the kind; other autoencoders (VAR's, the original Stable Diffusion's) call their blocks
-# otherwise, so one of those is named here.
+# In every state dict of the kind and in none of its relatives: diffusers' autoencoders call their blocks otherwise than
+# the original Stable Diffusion's and VAR's, and of these two only VAR's counts the use of its codes by scale.
 _ALWAYS = {
     "dinov2": ("blocks.0.ls1.gamma", "patch_embed.proj.weight"),
     "edm": ("model.map_layer0.weight",),
@@ -30,6 +31,11 @@ _ALWAYS = {
     "sdvae": (
         *("encoder.conv_in.weight", "encoder.mid_block.resnets.0.conv1.weight", "decoder.conv_in.weight"),
         *("quant_conv.weight", "post_quant_conv.weight"),
+    ),
+    "var": ("pos_start", "pos_1LC", "word_embed.weight", "class_emb.weight", "lvl_embed.weight", "head.weight"),
+    "vqvae": (
+        *("encoder.conv_in.weight", "encoder.mid.block_1.conv1.weight", "decoder.conv_in.weight"),
+        *("quantize.ema_vocab_hit_SV", "quantize.embedding.weight", "quant_conv.weight", "post_quant_conv.weight"),
     ),
 }
 _FIRST = {

@@ -8,6 +8,7 @@ file does not record its constructor arguments they follow from names and shapes
 
 import collections
 import dataclasses
+import importlib
 import json
 import math
 import mmap
@@ -31,7 +32,7 @@ class Released:
     """What a file holds.
 
     Attributes:
-      kind: "edm", "edm2", "sdvae", "inception", "dinov2", or None: none of the kinds that can be converted so far.
+      kind: "edm", "edm2", "sdvae", "var", "vqvae", "inception", "dinov2", or None: none of these.
       config: the constructor arguments as recorded, with what they leave out but the shapes show.
       state_dict: {released name: NumPy array} in file order, with the dtypes of the file: EDM2's are float16, to be
         cast to float32 before any use (edm2.md 5). Only bfloat16 is widened, to float32.
@@ -40,7 +41,7 @@ class Released:
         the file is named as EDM2's snapshots. Of edm2 also
         encoder (NVIDIA's pickles, and safetensors made of them): {class_name, vae_name, scale, bias} as far as
         recorded, scale and bias lists of floats; None means plain pixels;
-        assumed (nothing recorded): {argument: value} of what no shape shows;
+        assumed (nothing recorded; of vqvae too): {argument: value} of what no shape shows;
         emas (training states): the EMA lengths in the file; state_dict is the first one's.
     """
 
@@ -103,10 +104,12 @@ def _released(state: dict, dtypes: dict, recorded: dict, extras: dict) -> Releas
         config = {"naming": next(naming for head, naming in infer.INCEPTION.items() if head in state)}
     elif kind == "dinov2":
         config = infer.infer_dinov2(state)
-    elif kind == "sdvae" and not recorded:
-        from ddo_jax.convert.sdvae import infer_config  # imports flax, which reading other kinds does not need
-
-        config = infer_config(state)
+    elif kind in ("sdvae", "var", "vqvae") and not recorded:
+        # imports flax, which reading other kinds does not need
+        converter = importlib.import_module(f"ddo_jax.convert.{kind}")
+        config = converter.infer_config(state)
+        if kind == "vqvae":
+            extras["assumed"] = {key: config[key] for key in converter.UNSEEN}
     elif kind == "edm":
         config = infer.edm_config(recorded, state)
     elif kind == "edm2":

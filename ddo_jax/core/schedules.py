@@ -62,6 +62,48 @@ def cosine(
     return decayed * _linear(seen, warmup)
 
 
+def linear(
+    seen: ScalarLike,
+    *,
+    lr: ScalarLike,
+    final_lr: ScalarLike,
+    warmup: ScalarLike,
+    total: ScalarLike,
+    start_lr: ScalarLike = 0,
+    hold: ScalarLike = 0,
+) -> Float32[Array, ""]:
+    """Linear warm-up, a stretch of the full rate, then a straight line down to final_lr.
+
+        start_lr + (lr - start_lr) seen / warmup                                  while seen < warmup
+        final_lr + (lr - final_lr) min(q / (1 - hold), 1),  q = clip((total - seen) / (total - warmup), 0, 1)
+
+    Args:
+      seen: images before this step, >= 0.
+      lr: the rate at seen = warmup.
+      final_lr: the rate from seen = total on.
+      warmup: images of warm-up; 0 switches it off.
+      total: images of the whole schedule, >= warmup.
+      start_lr: the rate at seen = 0, if there is a warm-up. VAR: 0.005 lr.
+      hold: fraction of the images after the warm-up with the full rate, in [0, 1). VAR's "lin0": 0.05, "lin": 0.15,
+        "lin00": 0.
+
+    Returns:
+      The rate of this step, float32 scalar. VAR's own end is the last step, not the one after it: total there is the
+      images seen BEFORE the last step.
+
+    Example:
+      >>> print(*(linear(n, lr=1.0, final_lr=0.5, warmup=10, total=30, hold=0.5) for n in (0, 5, 20, 25, 30)))
+      0.0 0.5 1.0 0.75 0.5
+
+    Reference: arXiv 2404.02905; specs/var.md section 9.
+    """
+    seen, lr, final_lr, warmup, total = (jnp.asarray(v, jnp.float32) for v in (seen, lr, final_lr, warmup, total))
+    start_lr, hold = (jnp.asarray(v, jnp.float32) for v in (start_lr, hold))
+    q = jnp.clip((total - seen) / jnp.maximum(total - warmup, 1.0), 0.0, 1.0)
+    decayed = final_lr + (lr - final_lr) * jnp.minimum(q / (1 - hold), 1.0)
+    return jnp.where(seen < warmup, start_lr + (lr - start_lr) * _linear(seen, warmup), decayed)
+
+
 def inverse_sqrt(seen: ScalarLike, *, lr: ScalarLike, warmup: ScalarLike, t_ref: ScalarLike) -> Float32[Array, ""]:
     """Linear warm-up and inverse square root decay, EDM2's form.
 

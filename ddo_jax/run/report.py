@@ -41,9 +41,14 @@ def score_table(scores: dict[str, dict]) -> str:
     rows = []
     for system, s in scores.items():
         cells = [mean_and_spread([e[k] for e in s["evals"]]) if k in s["evals"][0] else "" for k in keys]
-        nearest = f"{s['nearest']:.3f}" if "nearest" in s else ""
-        rows.append([NAMES.get(system, system), *cells, nearest])
-    return table(["", *keys, "nearest training image"], rows)
+        nearest = [f"{s['nearest']:.3f}" if "nearest" in s else ""] * _compared(scores)
+        rows.append([NAMES.get(system, system), *cells, *nearest])
+    return table(["", *keys, *["nearest training image"] * _compared(scores)], rows)
+
+
+def _compared(scores: dict[str, dict]) -> bool:
+    """Whether samples were compared with training images: not where the data are latents."""
+    return any("nearest" in s for s in scores.values())
 
 
 def protocol_table(scores: dict[str, dict], rounds: list[dict]) -> str:
@@ -137,6 +142,10 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+NEAREST = (
+    " The last column is the mean distance of an image to its nearest training image, of up to 10,000 (far below that "
+    "of held-out images would mean copying)."
+)
 CAPTIONS = {
     "samples": "The same seeds and labels before and after (rows: seeds; columns: classes, where there are any).",
     "curves": "The selecting number over the images of training, for all rounds and candidates. Chosen on one "
@@ -154,9 +163,9 @@ def _text(config, scores, rounds, pictures: list[str]) -> str:
         score_table(scores),
         f"Mean ± standard deviation over {config.eval.report_seeds} ranges of sampling seeds that chose nothing. "
         f"`{scores['start']['evals'][0]['metric']}` is the Fréchet distance to the training images (lower is better), "
-        "`accuracy` the share of images that the feature network puts into their own class, the last column the mean "
-        "distance of an image to its nearest training image, of up to 10,000 (far below that of held-out images would "
-        "mean copying).",
+        "`accuracy` the share of images that the feature network puts into their own class."
+        + NEAREST
+        * _compared(scores),
     ]
     if config.remark:
         parts.append(config.remark)

@@ -111,7 +111,10 @@ SIZES = {  # section 6: trainable parameters
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+FAST = ("edm2-img64-s", "edm2-img512-l")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in PRESETS])
 def test_preset_sizes(name):
     """Shapes only: nothing of these sizes is allocated."""
     shapes, config = layout("edm2", PRESETS[name]), PRESETS[name]

@@ -40,7 +40,10 @@ def test_the_defaults_are_those_of_the_network():
             assert fields[key] == (tuple(value) if isinstance(value, list) else value), key
 
 
-@pytest.mark.parametrize("name", PRESETS)
+FAST = ("edm2-img64-s", "edm2-img512-xs-uncond")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in PRESETS])
 def test_every_preset_is_inferred(name):
     config, shapes = PRESETS[name], layout("edm2", PRESETS[name])
     state = weightless(shapes)

@@ -100,6 +100,7 @@ def test_folder_zip_and_npz_score_alike(tmp_path, real, capsys):
     assert made["content"] == records[2]["protocol"]["content"] == f"{zlib.crc32(IMAGES):08x}"
 
 
+@pytest.mark.slow
 def test_checkpoint_in_seed_ranges(tmp_path, real, released, capsys):
     """Breaks if generating and scoring in one pass differs from `sample` and then `evaluate`, or ranges mix."""
     flags = [f"--checkpoint={released}", "--num_steps=2", "--batch=4"]

@@ -179,6 +179,7 @@ def test_r_is_zero_at_the_start_of_a_round():
     assert np.abs(np.asarray(ratio(again, reference))).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_guidance_with_an_unconditional_network():
     """Breaks if the guide does not reach the sampler, its own weights are not used, or weight 1 is not no guidance."""
     fam, (params, frozen), second = family(), variables(), variables(0)
@@ -210,6 +211,7 @@ def test_both_solvers_are_in_the_settings():
             fam.settings(spoiled.sampler)
 
 
+@pytest.mark.slow
 def test_float16_sampling_keeps_the_state_in_float32():
     c = config()
     c.eval.dtype = "float16"
@@ -219,6 +221,7 @@ def test_float16_sampling_keeps_the_state_in_float32():
     assert low.dtype == jnp.float32 and 0 < np.abs(low - full).max() < 2e-2
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient_and_less_is_kept():
     examples, draws = batch()
     params, frozen = variables()

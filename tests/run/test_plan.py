@@ -92,6 +92,7 @@ def test_leaf_bytes_is_the_sharding_rule(shape):
     assert memory.leaf_bytes(x, 8) == 4 * math.prod(local)
 
 
+@pytest.mark.slow
 def test_parts_of_a_step(tiny):
     """Every copy of the parameters is counted once, on as many devices as share it."""
     family = get_family(tiny)
@@ -106,6 +107,7 @@ def test_parts_of_a_step(tiny):
     assert count / 4 < shared["params"] < count and shared["workspace"] < parts["workspace"] / 2
 
 
+@pytest.mark.slow
 def test_workspace_of_batch_remat_and_accumulation(tiny):
     sizes = {}
     for remat in (False, True):
@@ -118,6 +120,7 @@ def test_workspace_of_batch_remat_and_accumulation(tiny):
     assert 2 < sizes[False, 64, 1] / sizes[True, 64, 1] < 10
 
 
+@pytest.mark.slow
 def test_against_the_compiler(micro):
     """Breaks if the estimate is not above, and near, what XLA allots for the very step of a run."""
     family, c = get_family(micro), micro.ddo
@@ -193,6 +196,7 @@ def test_the_flag_without_a_dry_run():
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--dry_run" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_dry_run_of_latents(tmp_path):
     """A latent family without its files: what is missing is listed, sizes and costs are there all the same."""
     config = edm2_in512.get_config("runlocal")
@@ -227,6 +231,7 @@ def test_pool_of_latents():
     assert plan._pool(config, get_family(config)) == 50_000 * 64 * 64 * 4 * 4
 
 
+@pytest.mark.slow
 def test_real_configs():
     """280 and 777 million parameters in shapes: none of it is allocated, and it takes seconds."""
     config = edm2_in64.get_config("")

@@ -62,6 +62,7 @@ def test_labels(released):
         sampling.class_labels("5", seeds, 2, "jax")
 
 
+@pytest.mark.slow
 def test_torch_streams_are_used(released):
     """Breaks if --rng=torch-cpu does not start from the released sampler's latents and labels."""
     found = load.find(str(released))
@@ -78,6 +79,7 @@ def test_torch_streams_are_used(released):
     assert (expected != made).mean() <= 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_and_not_equal(released):
     """Breaks if --dtype=bfloat16 has no effect, or reaches more than the image path."""
     exact, lowered = (images(released, dtype=dtype, batch=16)[2].astype(int) for dtype in ("float32", "bfloat16"))
@@ -98,6 +100,7 @@ def test_dpm_solver(released):
     assert made.shape == heun.shape and 0 < np.abs(made - heun).mean() < 128
 
 
+@pytest.mark.slow
 def test_guidance(released, tmp_path):
     """Breaks if the guide's weights are not used, or guidance by the network itself changes its images."""
     plain, own = images(released, batch=16)[2].astype(int), str(released)

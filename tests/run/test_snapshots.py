@@ -36,6 +36,7 @@ def some(value=1.0, size=3):
 # -- writing ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_written_files_are_found_with_their_weights(setup, tmp_path):
     """Breaks if lengths are swapped, time or length are rounded to the name's, or names are not the released ones."""
     family, frozen = setup.tools.family, setup.tools.frozen
