@@ -12,7 +12,7 @@ Inception weights and EDM2's reference statistics (README, "Released weights to 
 accelerator). Guided, with DPM-Solver-v3 (25 NFE a network):
 
     python -m ddo_jax.evaluate --checkpoint=edm2-img512-l-ddo --guide=edm2-img512-xs-0134217-0.165 --guidance=1.1 \\
-        --solver=dpmv3 --ref=img512.pkl
+        --solver=dpmv3 --ref=edm2-img512-ref
 
 Variants: `:search`, `:from_scratch` EDM2's own pretraining first, `:released` scores the authors' fine-tuned weights
 (1.26 is to be reproduced), `:runlocal` the same code path in a minute on a CPU: latents of digits from a tiny VAE

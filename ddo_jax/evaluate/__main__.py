@@ -35,7 +35,7 @@ def parser() -> Parser:
     p.add_argument(
         "--ref",
         metavar="FILE|DATASET",
-        help="statistics: edm .npz, edm2 .pkl, OpenAI .npz; or digits, zip:, folder:, tfds:",
+        help="statistics: edm .npz, edm2 .pkl, OpenAI .npz, edm2-img64-ref; or digits, zip:, folder:, tfds:",
     )
     p.add_argument("--metrics", default="fid", help="of fid, sfid, is, pr, kid, fd_dinov2, fid_inf (default: fid)")
     p.add_argument(

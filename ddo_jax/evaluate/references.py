@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ddo_jax import files
-from ddo_jax.convert import pickles
+from ddo_jax.convert import names, pickles
 from ddo_jax.convert.inert import UnsafeOrDamaged
 from ddo_jax.data import sources
 from ddo_jax.errors import UserError
@@ -283,13 +283,15 @@ def open_reference(
     """A reference by name: a file of statistics, else a dataset.
 
     Args:
-      what: FILE or DATASET, see the top of this module. lengths: {metric: feature length}, of those wanted.
+      what: FILE, known name or DATASET, see the top of this module. lengths: {metric: feature length}, of those wanted.
       networks: {MAIN, DINOV2: network}. levels: grey levels that the main network takes.
       split, directory: of a dataset (`sources.open_source`).
 
     Raises:
       UserError: nothing usable there.
     """
+    if what in names.SOURCES:
+        what = names.resolve(what)
     path = Path(what).expanduser()
     if path.suffix.lower() in (".npz", ".pkl") and not path.exists():
         raise UserError(f"--ref: {what}: no such file")

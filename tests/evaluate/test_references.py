@@ -114,11 +114,14 @@ class Evil:
         ("x.npz", {"mu": MU, "sigma": SIGMA}, {"fid": D, "pr": D}, "no images .arr_0., which pr and kid need"),
         ("x.npz", {"mu": np.array([None]), "sigma": SIGMA}, {}, "damaged reference statistics"),
         ("nowhere", None, {}, "--ref: 'nowhere'; allowed: digits"),
+        ("edm2-img64-ref", None, {}, "img64.pkl.*HF_HUB_OFFLINE is set"),
     ],
 )
 def test_files_that_are_none(tmp_path, monkeypatch, capsys, name, content, lengths, words):
     """Breaks if a wrong file ends in a traceback, or a pickle is executed."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if isinstance(content, dict):
         np.savez(name, **content)
     elif content is not None:
