@@ -106,6 +106,9 @@ def edm2(name: str, released: str, channels: int, width: int, dropout: float):
     ddo.eval_every.mimg = 0.64  # ours
     ddo.save_every.mimg = 0.16  # ours
 
+    control = config.control  # ours: pre-training's objective goes on; set control.enabled and control.eval_every
+    control.b1, control.b2, control.ema_stds = 0.9, 0.99, (0.05,)
+
     config.eval.network = "inception"
     config.eval.num = 50_000  # paper
     config.eval.select_num = 10_000  # ours

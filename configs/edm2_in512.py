@@ -38,6 +38,7 @@ def get_config(variant: str = ""):
     pretrain.lr = 0.008
     pretrain.t_ref = 70_000.0 * 2048
     pretrain.p_mean, pretrain.p_std = -0.4, 1.0
+    config.control.p_mean, config.control.p_std = -0.4, 1.0
 
     ddo = config.ddo
     ddo.rounds = 28  # paper

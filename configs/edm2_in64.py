@@ -8,8 +8,8 @@ EDM2-S weights, the Inception weights and EDM2's reference statistics (README, "
     python -m ddo_jax.data ~/imagenet/train imagenet-64x64.zip --resolution=64 --crop=center-dhariwal
 
 280 million parameters; `--dry_run` adds up memory, FLOPs and images, and lists what is missing. Compiled, not run
-(benchmarks/aot.py): one 80 GB GPU --config.ddo.accumulation=8 --config.remat=False (60 GB), or accumulation=4 (40 GB);
-8 x H100 --config.mesh.fsdp=8 (22 GB each); v5e:4x4 --config.mesh.fsdp=16 --config.ddo.accumulation=4 (6 GB a chip).
+(benchmarks/aot.py): one 80 GB GPU --config.ddo.accumulation=4 (40 GB; a round keeps 3.4 GB more); 8 x H100
+--config.mesh.fsdp=8 (22 GB each); v5e:4x4 --config.mesh.fsdp=16 --config.ddo.accumulation=4 (6 GB a chip).
 NOT RUN here (no weights, no accelerator).
 
 Variants: `:search` the grid over alpha and beta in every round, `:from_scratch` EDM2's own pretraining first,
@@ -30,6 +30,7 @@ def get_config(variant: str = ""):
     pretrain.lr = 0.01
     pretrain.t_ref = 35_000.0 * 2048
     pretrain.p_mean, pretrain.p_std = -0.8, 1.6
+    config.control.p_mean, config.control.p_std = -0.8, 1.6
 
     ddo = config.ddo
     ddo.rounds = 24  # paper

@@ -134,7 +134,9 @@ def score(
 
 
 def some_images(source, limit: int = 10_000) -> np.ndarray:
-    """All images of a source, or `limit` of them, evenly spread (the classes may lie one after the other)."""
+    """All images of a source, or `limit` of them, evenly spread (the classes may lie one after the other); never more
+    than 2^27 values, which are compared in float64."""
+    limit = min(limit, max(1, 2**27 // int(np.prod(source.image_shape))))
     indices = np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(np.int64)
     return source.read(indices)["image"]
 

@@ -4,6 +4,7 @@ A codec turns stored arrays into the x that the network sees (float32, standard 
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 from ddo_jax.convert import sdvae
 from ddo_jax.errors import UserError
 
-DECODED_TOGETHER = 4  # images a device: the VAE's activations at 512 x 512 are 0.1 GB each
+TOGETHER = 4  # images a device: the VAE's activations at 512 x 512 are 0.1 GB each
 
 
 def to_unit(image, levels: int):
@@ -116,7 +117,8 @@ class Latents:
     def encode(self, frozen, image, key):
         channels = self.latent_shape[-1]
         if image.dtype == jnp.uint8:  # to [0, 1], not [-1, 1]: released networks depend on it
-            mean, std = self._apply(frozen, image.astype(jnp.float32) / (self.levels - 1), "encode")
+            pixels = image.astype(jnp.float32) / (self.levels - 1)
+            mean, std = in_parts(lambda p: self._apply(frozen, p, "encode"), pixels, TOGETHER * jax.device_count())
         elif image.shape[-1] == 2 * channels:
             mean, std = jnp.split(image, 2, axis=-1)
         else:
@@ -131,15 +133,16 @@ class Latents:
 
     def decode(self, frozen, x):
         """uint8; truncated at 256 levels, as released (with few levels that would darken: rounded)."""
-        y = in_parts(lambda z: self._apply(frozen, z, "decode"), self.store(x), DECODED_TOGETHER * jax.device_count())
+        y = in_parts(lambda z: self._apply(frozen, z, "decode"), self.store(x), TOGETHER * jax.device_count())
         half = 0.0 if self.levels == 256 else 0.5
         return ((self.levels - 1) * jnp.clip(y, 0, 1) + half).astype(jnp.uint8)
 
 
 def in_parts(fn, x, rows: int):
-    """fn(x) with `rows` of the batch at a time where they divide it; every device keeps its own rows."""
-    if len(x) <= rows or len(x) % rows:
-        return fn(x)
+    """fn(x), an array or several, with at most `rows` of the batch at a time; every device keeps its own rows."""
+    rows = math.gcd(len(x), rows) if len(x) > rows else len(x)
     parts = len(x) // rows
-    y = jax.lax.map(fn, jnp.swapaxes(x.reshape(rows, parts, *x.shape[1:]), 0, 1))
-    return jnp.swapaxes(y, 0, 1).reshape(len(x), *y.shape[2:])
+    if parts == 1:
+        return fn(x)
+    made = jax.lax.map(fn, jnp.swapaxes(x.reshape(rows, parts, *x.shape[1:]), 0, 1))
+    return jax.tree.map(lambda y: jnp.swapaxes(y, 0, 1).reshape(len(x), *y.shape[2:]), made)

@@ -74,7 +74,7 @@ class EDM2(Diffusion):
         buffers = {k: v for k, v in frozen.items() if k != "vae"}
         arrays = convert.to_torch("edm2", arguments, {"params": params, **buffers})
         metadata = {"ddo_jax_kind": "edm2", "ddo_jax_config": json.dumps(arguments)}
-        if isinstance(self.codec, Latents):
+        if isinstance(self.codec, Latents) or self.codec.levels != 256:
             metadata["ddo_jax_encoder"] = json.dumps({k: self.model[k] for k in OURS if k in self.model})
         return arrays, metadata
 

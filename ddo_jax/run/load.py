@@ -90,9 +90,10 @@ def fingerprint(what: str) -> str:
 
 def save_frozen(root: epath.Path, frozen) -> None:
     """Keep a run's buffers beside its config, once; a network without buffers leaves nothing."""
-    if jax.tree.leaves(frozen) and not sharding.agree((root / "frozen").exists()):
-        with Checkpoints(root / "frozen") as checkpoints:
-            checkpoints.save(0, {"ema": frozen}, {"step": 0})
+    if jax.tree.leaves(frozen):
+        with Checkpoints(root / "frozen") as checkpoints:  # the folder may be there without them: a killed first start
+            if not sharding.agree(checkpoints.latest_step() is not None):
+                checkpoints.save(0, {"ema": frozen}, {"step": 0})
 
 
 def parameters(found: Ours | convert.Released, family: Family, mesh) -> tuple[Any, Any]:

@@ -117,7 +117,7 @@ def at_hand(config, family) -> dict[str, tuple[str, int]]:
 
     def autoencoder():
         parts = family.companions()
-        return f"at hand, {human(memory.tree_bytes(parts), 'B')} on every device", 0
+        return f"at hand, {human(memory.tree_bytes(parts), 'B')}", 0
 
     def references():
         names.resolve(config.eval.reference)

@@ -215,6 +215,7 @@ def check(config) -> Checked:
     features.check(config.eval.network, config.eval.weights)
     if config.eval.reference:
         names.resolve(config.eval.reference)
+    _refuse_latents(latent and config.data.flip, "data.flip", True, "False, a mirrored latent is not the mirror's")
     _refuse_latents(latent and not config.eval.reference, "eval.reference", "unset", "statistics of real images")
     return Checked(family, settings, mesh, data, init)
 

@@ -214,10 +214,10 @@ def ratios(setup: Setup, directory: epath.Path, best: dict, ref, fakes, noise, n
     """Log-ratios of real and fake images under the round's best parameters, for the report's histogram."""
     tools, c = setup.tools, setup.config
     params = restore_ema(directory / best["candidate"] / "checkpoints", best["step"], abstract_params(setup))
-    found = {}
+    found, batch = {}, c.ddo.batch // c.ddo.accumulation
     for name, source in (("real", tools.data), ("fake", fakes)):
-        reader = batches(source, c.ddo.batch, c.seed, host=jax.process_index(), hosts=jax.process_count())
-        keys = jax.random.split(state.derive(c.seed, "ratios"), -(-num // c.ddo.batch))
+        reader = batches(source, batch, c.seed, host=jax.process_index(), hosts=jax.process_count())
+        keys = jax.random.split(state.derive(c.seed, "ratios"), -(-num // batch))
         records = (sharding.put_batch(tools.mesh, next(reader)) for _ in keys)
         parts = [tools.ratio(params, ref, tools.frozen, r, key, noise) for r, key in zip(records, keys, strict=True)]
         found[name] = np.concatenate([sharding.to_host(r) for r in parts])[:num].tolist()

@@ -153,7 +153,7 @@ def open_generator(request: Request) -> Generator:
     if request.rng == "torch-cpu":
 
         def streams(seeds):
-            latents, _, normals = edm_streams(seeds, family.image_shape, family.num_classes, settings.num_steps)
+            latents, _, normals = edm_streams(seeds, noise_shape(family), family.num_classes, settings.num_steps)
             return latents, normals
 
     sampler = score.make_sampler(family, settings, mesh, request.batch, streams, guide=guide)
@@ -173,10 +173,15 @@ def open_generator(request: Request) -> Generator:
     return Generator(family, settings, params, frozen, sampler, protocol)
 
 
+def noise_shape(family) -> tuple[int, ...]:
+    """Of one image's starting noise: that of x, which is smaller than the image where x are latents."""
+    return jax.eval_shape(lambda: family.latents(jax.random.split(jax.random.key(0), 1))).shape[1:]
+
+
 def labels_of(request: Request, seeds: np.ndarray, family) -> np.ndarray:
     """One label a seed of a list of seeds, by the request's rule."""
     if request.rng == "torch-cpu" and request.labels == "random" and family.num_classes:
-        return torch_labels(seeds, family.image_shape, family.num_classes)
+        return torch_labels(seeds, noise_shape(family), family.num_classes)
     return class_labels(request.labels, seeds, family.num_classes, request.rng)
 
 
@@ -233,6 +238,8 @@ def same_request(request: Request, out: epath.Path) -> None:
     if request.labels == "balanced":  # labels go by the position in the list of seeds
         wanted["first_seed"] = int(request.seeds[0])
     have = files.read_json(out / "request.json")
+    if have is not None:  # what an older version did not ask for had the value that is now the default
+        have = {k: v for k, v in Request._field_defaults.items() if k in wanted} | have
     if have is not None and have != wanted:
         changed = [f"{k}: {have.get(k)} -> {wanted.get(k)}" for k in {**have, **wanted} if have.get(k) != wanted.get(k)]
         raise UserError(f"--out: {out} was made with another request ({'; '.join(changed)}); take another folder")

@@ -154,13 +154,13 @@ def make_step(family, c, tx, mesh, shapes, *, objective: str, warmup: float, tot
 
 
 def make_ratio(family, c):
-    """Jitted (params, ref, frozen, record, key, noise) -> r [B] of a batch of `c`, for histograms."""
+    """Jitted (params, ref, frozen, record, key, noise) -> r of one micro-batch of `c`, for histograms."""
 
     @jax.jit
     def ratio(params, ref, frozen, record, key, noise):
         key_encode, key_draw = jax.random.split(key)
         examples = family.encode(frozen, record, key_encode)
-        draws = family.draw(key_draw, c.batch, noise)
+        draws = family.draw(key_draw, c.batch // c.accumulation, noise)
         s, s_ref = (family.score(family.project(p, "ddo"), frozen, examples, draws) for p in (params, ref))
         return family.ratio(s, s_ref, examples, draws)
 

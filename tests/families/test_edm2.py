@@ -266,6 +266,14 @@ def test_released_file_and_back():
     assert get_family(again).image_shape == fam.image_shape
 
 
+def test_few_grey_levels_survive_a_file():
+    """Breaks if a network of pixels with 17 levels comes back with 256."""
+    arrays, metadata = family().export(*jax.tree.map(np.asarray, variables()))
+    c = base()
+    from_released(c, Released("edm2", json.loads(metadata["ddo_jax_config"]), arrays, {"metadata": metadata}))
+    assert get_family(c).levels == 17 and get_family(c).record_shapes == ((8, 8, 1),)
+
+
 def test_the_encoders_constants_come_from_the_file():
     arguments = {"img_resolution": 8, "img_channels": 4, "label_dim": 10, **SMALL}
     scale, bias = [0.2, 0.25, 0.5, 1.0], [0.1, 0.0, -0.1, 0.2]

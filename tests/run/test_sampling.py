@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -176,6 +178,22 @@ def test_load_a_released_file(released):
     assert list(arrays) == list(found.state_dict) and metadata["ddo_jax_kind"] == "edm"
     for name, value in found.state_dict.items():
         np.testing.assert_array_equal(arrays[name], value)
+
+
+def test_streams_of_latents_have_their_shape():
+    """Breaks if --rng=torch-cpu draws noise of the size of the decoded image."""
+    latent = SimpleNamespace(latents=lambda keys: jnp.zeros((len(keys), 4, 4, 8)), image_shape=(32, 32, 3))
+    assert sampling.noise_shape(latent) == (4, 4, 8)
+
+
+def test_buffers_are_kept_after_a_killed_start(tmp_path):
+    """Breaks if a run whose first start was killed before its buffers were written cannot be loaded later."""
+    (tmp_path / "frozen").mkdir()
+    frozen = {"buffers": {"freqs": jnp.arange(3.0)}}
+    for _ in range(2):
+        load.save_frozen(tmp_path, frozen)
+    kept = load.restore_ema(tmp_path / "frozen", 0, jax.eval_shape(lambda: frozen))
+    np.testing.assert_array_equal(kept["buffers"]["freqs"], [0, 1, 2])
 
 
 def test_wrong_architecture_is_refused(released):
