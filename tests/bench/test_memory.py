@@ -21,6 +21,7 @@ def benchmark():
     return module
 
 
+@pytest.mark.slow
 def test_largest_batch_fits_and_the_next_does_not(benchmark):
     """Breaks if the two batch sizes are extrapolated wrongly, or what a round keeps is left out."""
     config, budget = edm2_in64.get_config("runlocal"), 2 * 10**8

@@ -121,6 +121,7 @@ def test_checkpoint_in_seed_ranges(tmp_path, real, released, capsys):
     assert sorted(p.name for p in Path("kept").iterdir()) == [f"{i:06d}.png" for i in range(20)]
 
 
+@pytest.mark.slow
 def test_kept_npz(released, real):
     """Breaks if the file for the OpenAI evaluator holds other images than were scored."""
     flags = [f"--checkpoint={released}", "--num_steps=2", "--batch=4", "--seeds=5-10", "--labels=0"]

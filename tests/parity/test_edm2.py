@@ -219,6 +219,7 @@ def test_denoised_and_every_layer(run):
         run.check(key, node["__call__"][0][: len(run.golden[key])])  # the file keeps one image of large layers
 
 
+@pytest.mark.slow
 def test_absent_labels_and_scalar_sigma(run):
     x, sigma, labels = run.get("in/x"), run.get("in/sigma"), run.get("in/labels")
     variables = {"params": run.params, "buffers": run.buffers}

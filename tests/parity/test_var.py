@@ -196,6 +196,7 @@ def test_teacher_forced(run):
     assert run.check_gradients("tf/", gradients) >= len(run.torch(run.params))
 
 
+@pytest.mark.slow
 def test_cached_steps(run):
     """Forced tokens, conditional and unconditional rows; guided logits; the image of the tokens."""
     tokens, labels = run.get("kv/tokens"), run.get("kv/labels")
@@ -296,6 +297,7 @@ def pairs(run):
     return pull
 
 
+@pytest.mark.slow
 def test_ddo(run, pairs):
     """Likelihoods, losses, gradients: every case and variant. The reference's likelihoods need its parameters."""
     n, gradients = len(run.get("ddo/labels")), 0

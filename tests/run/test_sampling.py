@@ -89,6 +89,7 @@ def test_bfloat16_is_close_and_not_equal(released):
     assert 0 < error.mean() < 8
 
 
+@pytest.mark.slow
 def test_dpm_solver(released):
     """Breaks if --solver=dpmv3 is not used, or does not come with its own number of steps."""
     found = load.find(str(released))
