@@ -35,6 +35,8 @@ def build_codec(model) -> Pixels | Latents:
     for name, value in (("latent_mean", mean), ("latent_std", std)):
         if len(value) != channels:
             raise UserError(f"config.model.{name}: {value}; allowed: {channels} numbers, one a channel of the latents")
+    if min(std) <= 0:
+        raise UserError(f"config.model.latent_std: {std}; allowed: numbers above 0")
     size = model.get("image_size", 8 * side)
     image = (size, size, model.get("image_channels", 3))
     return Latents(model["vae"], image, (side, side, channels), mean, std, FINAL_STD, model["levels"])
@@ -119,6 +121,8 @@ def make(config) -> Family:
       UserError: an argument the network refuses.
     """
     model = config.model.to_dict()
+    if model["arch"] != "UNet":
+        raise UserError(f"config.model.arch: {model['arch']!r}; allowed for family edm2: UNet")
     if config.data.augment:
         raise UserError(f"config.data.augment: {config.data.augment}; allowed: 0, EDM2 networks cannot be told")
     try:

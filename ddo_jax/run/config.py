@@ -46,6 +46,36 @@ def _training(**given) -> dict:
     return defaults | given
 
 
+def _sampler() -> dict:
+    """How images are made, in rounds and for reports; `rho` and `s_...` are Heun's."""
+    return dict(
+        solver="heun",  # heun | dpmv3
+        num_steps=18,
+        sigma_min=0.002,
+        sigma_max=80.0,
+        rho=7.0,
+        s_churn=0.0,
+        s_min=0.0,
+        s_max=1e30,  # "no limit"; JSON has no infinity
+        s_noise=1.0,
+    )
+
+
+def _evaluation() -> dict:
+    """How images are judged."""
+    return dict(
+        network="digits",  # digits | inception | dinov2
+        weights=config_dict.placeholder(str),  # of the feature network; unset: its known name
+        reference=config_dict.placeholder(str),  # statistics: a file or known name; unset: of the training set
+        num=50_000,  # images per reported evaluation
+        select_num=config_dict.placeholder(int),  # images per evaluation inside the rounds; unset: num
+        batch=512,  # sampled at a time, over all devices; images do not depend on it
+        dtype="float32",  # float32 | bfloat16 | float16: of the image path when sampling; never of the ratio
+        report_seeds=3,  # the report scores this many fresh seed ranges
+        grid=100,  # images of the before/after picture
+    )
+
+
 def base() -> ConfigDict:
     """All keys. `None` placeholders are unset values with a type."""
     config = ConfigDict(
@@ -53,10 +83,10 @@ def base() -> ConfigDict:
             name="",  # of the experiment: title of the report
             remark="",  # what the reader of the report must know beside its numbers
             seed=0,  # of training: initialisation, data order, noise
-            family="edm",
+            family="edm",  # edm | edm2
             precision="highest",  # matmul and convolution precision: default | high | highest
             remat=False,  # recompute activations in the backward pass: changes memory, never results
-            init="scratch",  # scratch | a workdir or checkpoint of ours
+            init="scratch",  # scratch | WHAT: a workdir or checkpoint of ours, a released file, a known name
             data=dict(
                 name="digits",
                 split="train",
@@ -66,7 +96,7 @@ def base() -> ConfigDict:
                 augment=0.0,  # probability of EDM's augmentation in MLE phases; the network is told (model.augment_dim)
             ),
             model=dict(
-                arch="mlp",  # mlp | SongUNet | DhariwalUNet
+                arch="mlp",  # edm: mlp | SongUNet | DhariwalUNet; edm2: UNet
                 img_resolution=32,
                 img_channels=3,
                 label_dim=0,
@@ -87,30 +117,8 @@ def base() -> ConfigDict:
                 lrs=(1e-4,),
                 factor=3,  # steps, as a multiple of all DDO rounds together
             ),
-            sampler=dict(
-                solver="heun",  # heun | dpmv3
-                num_steps=18,
-                sigma_min=0.002,
-                sigma_max=80.0,
-                rho=7.0,
-                s_churn=0.0,
-                s_min=0.0,
-                s_max=1e30,  # "no limit"; JSON has no infinity
-                s_noise=1.0,
-            ),
-            eval=dict(
-                network="digits",  # digits | inception | dinov2
-                weights=config_dict.placeholder(str),  # of the feature network; unset: its known name
-                reference=config_dict.placeholder(
-                    str
-                ),  # statistics file (edm, edm2, OpenAI); unset: of the training set
-                num=50_000,  # images per reported evaluation
-                select_num=config_dict.placeholder(int),  # images per evaluation inside the rounds; unset: num
-                batch=512,  # sampled at a time, over all devices; images do not depend on it
-                dtype="float32",  # float32 | bfloat16 | float16: of the image path when sampling; never of the ratio
-                report_seeds=3,  # the report scores this many fresh seed ranges
-                grid=100,  # images of the before/after picture
-            ),
+            sampler=_sampler(),
+            eval=_evaluation(),
             mesh=dict(fsdp=1),  # devices that share one copy of the parameters; the rest is "data"
             log=dict(every=50, tensorboard=True),  # steps
             keep="best",  # of finished rounds: best = the best checkpoint only | all

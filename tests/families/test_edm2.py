@@ -294,6 +294,8 @@ def test_the_encoders_constants_come_from_the_file():
         (lambda c: c.model.update(chanel_mult=(1,)), "chanel_mult"),
         (lambda c: c.data.update(augment=0.1), "EDM2 networks cannot be told"),
         (lambda c: c.model.update(vae="x", latent_mean=(1.0, 2.0)), "latent_mean"),
+        (lambda c: c.model.update(vae="x", latent_mean=(0.0,), latent_std=(0.0,)), "latent_std.*above 0"),
+        (lambda c: c.model.update(arch="SongUNet"), "'SongUNet'; allowed for family edm2: UNet"),
     ],
 )
 def test_wrong_arguments_are_user_errors(change, words):
