@@ -21,8 +21,11 @@ import flax.traverse_util
 import jax
 import numpy as np
 
+from ddo_jax.convert import names
 from ddo_jax.convert.coverage import check
 from ddo_jax.convert.inert import UnsafeOrDamaged, show
+from ddo_jax.convert.read import read
+from ddo_jax.errors import UserError
 from ddo_jax.models.vqvae import VQVAE, from_config
 
 # Order of a state dict: at every level of the names, what comes first here comes first there.
@@ -161,3 +164,25 @@ def _numbered(shapes: dict, name: str) -> list:
     while name.format(len(found)) in shapes:
         found.append(shapes[name.format(len(found))])
     return found
+
+
+@functools.cache
+def load(what: str, patch_nums: tuple[int, ...]):
+    """(VQVAE, variables as float32) of a file, known name or address, used with these scales; read once.
+
+    Args:
+      what: the tokenizer. patch_nums: of the transformer; the file of the 256 x 256 networks serves 512 x 512, too.
+
+    Raises:
+      UserError: not at hand, damaged, or another network.
+    """
+    try:
+        released = read(names.resolve(what))
+        if released.kind != "vqvae":
+            raise UserError(f"{what}: holds {released.kind or 'an unknown network'}; allowed: a VQ-VAE (kind vqvae)")
+        module, variables = from_torch(released.config | {"patch_nums": list(patch_nums)}, released.state_dict)
+    except UnsafeOrDamaged as e:
+        raise UserError(str(e)) from None
+    except ValueError as e:
+        raise UserError(f"{what}: {e}") from None
+    return module, jax.tree.map(lambda v: np.asarray(v, np.float32), variables)

@@ -332,8 +332,8 @@ def cca_loss(
     *,
     lam: ScalarLike,
     beta: ScalarLike,
-) -> Float[Array, ""]:
-    """Condition contrastive alignment, the baseline that takes wrong labels for fakes.
+) -> tuple[Float[Array, ""], ddo.Stats]:
+    """Condition contrastive alignment, the baseline that takes wrong labels for fakes, and what to log beside it.
 
         L = ( mean_i -log sigmoid(beta r_matched_i) + mean_i w_i (-log sigmoid(c_i beta r_rolled_i)) ) / max(lam, 1)
         c_i = 1, w_i = 1 where positive;  else c_i = -1, w_i = lam
@@ -344,21 +344,25 @@ def cca_loss(
       lam: weight of the mismatched rows, >= 0. beta: > 0. Python numbers or traced scalars.
 
     Returns:
-      L, a scalar, float32 (float64 if r is).
+      (L, stats) as `ddo.ddo_loss`, "real" being matched and "fake" rolled labels; float32 (float64 if r is).
 
     Example:
       >>> import jax.numpy as jnp
       >>> r = jnp.zeros(2)
-      >>> print(f"{cca_loss(r, r, jnp.zeros(2, bool), lam=50.0, beta=0.02):.4f} {51 * jnp.log(2) / 50:.4f}")
+      >>> print(f"{cca_loss(r, r, jnp.zeros(2, bool), lam=50.0, beta=0.02)[0]:.4f} {51 * jnp.log(2) / 50:.4f}")
       0.7070 0.7070
 
     Reference: specs/var.md section 8, end; arXiv 2410.09347.
     """
+    stats = ddo.ddo_stats(r_matched, r_rolled, beta=beta)
     r_matched, r_rolled = _at_least_float32(r_matched), _at_least_float32(r_rolled)
     lam, beta = (jnp.asarray(v, r_rolled.dtype) for v in (lam, beta))
-    matched = -jax.nn.log_sigmoid(beta * r_matched)
-    rolled = -jax.nn.log_sigmoid(beta * jnp.where(positive, r_rolled, -r_rolled))
-    return (jnp.mean(matched) + jnp.mean(jnp.where(positive, rolled, lam * rolled))) / jnp.maximum(lam, 1)
+    matched = -jax.nn.log_sigmoid(beta * r_matched) / jnp.maximum(lam, 1)
+    rolled = -jax.nn.log_sigmoid(beta * jnp.where(positive, r_rolled, -r_rolled)) / jnp.maximum(lam, 1)
+    rolled = jnp.where(positive, rolled, lam * rolled)
+    losses = {"loss_real": matched, "loss_fake": rolled}
+    stats |= {name: (jnp.sum(v), jnp.asarray(v.size, v.dtype)) for name, v in losses.items()}
+    return jnp.mean(matched) + jnp.mean(rolled), stats
 
 
 def _check_choice(dropped_row_loss: str) -> None:

@@ -152,15 +152,24 @@ def nearest_distance(images: np.ndarray, train: np.ndarray, levels: int) -> floa
     return float(np.sqrt(np.maximum(squared.min(1), 0)).mean())
 
 
+def seeds_at(purpose: str, index: int, num: int, positions: np.ndarray) -> np.ndarray:
+    """Seeds at positions of a generated set of `num` images. Reports use 0..num-1, num..2num-1, ... as the literature
+    does; what selects (one range per round) and what trains (fakes) lives far from them.
+
+    >>> seeds_at("pool", 1, 8, np.array([0, 7]))
+    array([2000000008, 2000000015], dtype=uint32)
+    """
+    base = {"report": 0, "select": 10**9, "pool": 2 * 10**9}[purpose]
+    return (base + index * num + positions).astype(np.uint32)
+
+
 def seed_range(purpose: str, index: int, num: int) -> np.ndarray:
-    """Seeds of one generated set. Reports use 0..num-1, num..2num-1, ... as the literature does; what
-    selects (one range per round) and what trains (pools) lives far from them.
+    """All seeds of one generated set.
 
     >>> seed_range("report", 1, 3), seed_range("select", 0, 2)
     (array([3, 4, 5], dtype=uint32), array([1000000000, 1000000001], dtype=uint32))
     """
-    base = {"report": 0, "select": 10**9, "pool": 2 * 10**9}[purpose]
-    return (base + index * num + np.arange(num)).astype(np.uint32)
+    return seeds_at(purpose, index, num, np.arange(num))
 
 
 def balanced(seeds: np.ndarray, num_classes: int) -> np.ndarray:

@@ -5,7 +5,7 @@ import importlib
 from ddo_jax.errors import UserError
 from ddo_jax.families.base import Family
 
-FAMILIES = {"edm": "ddo_jax.families.edm", "edm2": "ddo_jax.families.edm2"}
+FAMILIES = {"edm": "ddo_jax.families.edm", "edm2": "ddo_jax.families.edm2", "var": "ddo_jax.families.var"}
 
 
 def _module(name: str):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ddo_jax.core import ddo, dpm_solver, edm, samplers
 from ddo_jax.errors import UserError
-from ddo_jax.families.base import Family
+from ddo_jax.families.base import DIFFUSION_SAMPLER, VAR_SAMPLER, Family, own_settings
 
 HALF = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -90,9 +90,15 @@ class Diffusion:
         """lambda(sigma) |D - x|^2 = |F - F_hat|^2, summed over pixels (specs/edm.md section 10)."""
         return jnp.sum(jnp.square(s - self.inputs(examples, draws)[2]), axis=(1, 2, 3))
 
+    def pair_loss(self, objective, r, logp_real, labels, draws, alpha, beta):
+        return ddo.ddo_loss(r[:, 0], r[:, 1], alpha=alpha, beta=beta)
+
     def mle_loss(self, params, frozen, examples, draws, key):
         f = self.score(params, frozen, examples, draws, train=True, rngs={"dropout": key})
         return self.nll(f, examples, draws)
+
+    def decays(self, params):
+        return jax.tree.map(lambda v: v.ndim > 1, params)
 
     def project(self, params, objective):
         return params
@@ -130,7 +136,7 @@ class Diffusion:
         Raises:
           UserError: what cannot be sampled with.
         """
-        given = dict(sampler)
+        given = own_settings(sampler, DIFFUSION_SAMPLER, VAR_SAMPLER)
         solver = given.pop("solver", "heun")
         try:
             if solver == "heun":
@@ -148,6 +154,9 @@ class Diffusion:
         except (TypeError, ValueError) as e:
             raise UserError(f"config.sampler: {e}") from None
 
+    def fake_settings(self, settings):
+        return settings  # guidance is no setting of these samplers
+
     def imported(self, released):
         raise NotImplementedError
 
@@ -163,7 +172,12 @@ class Diffusion:
             levels=self.codec.levels,
             record_shapes=self.codec.record_shapes,
             companions=self.codec.companions,
+            companion_shapes=dict,  # stored records are latents: no autoencoder in training
+            objectives=("ddo", "mle"),
+            own_guidance=False,
+            version=None,
             nfe=lambda settings: settings.nfe,
+            passes=lambda settings: settings.nfe,
             **{field: getattr(self, field) for field in same},
         )
 

@@ -12,6 +12,10 @@ from ml_collections import ConfigDict, config_dict
 
 from ddo_jax.core.phema import MAX_STD
 from ddo_jax.errors import UserError
+from ddo_jax.families.base import DIFFUSION_SAMPLER, VAR_SAMPLER
+
+
+OBJECTIVES = ("ddo", "mle", "cca")
 
 
 def _duration(**given) -> dict:
@@ -27,13 +31,18 @@ def _training(**given) -> dict:
         batch=512,  # real images per step; DDO adds as many fakes
         accumulation=1,  # micro-batches per step: changes memory, never results
         lr=1e-3,
-        schedule="constant",  # constant | cosine | inverse_sqrt
+        schedule="constant",  # constant | cosine | linear | inverse_sqrt
         warmup=_duration(),  # unset: no warm-up
-        final_lr=0.0,  # cosine only
+        final_lr=0.0,  # cosine and linear only
+        start_lr=0.0,  # linear only: at the first step of the warm-up
+        hold=0.0,  # linear only: fraction after the warm-up with the full rate
         t_ref=0.0,  # inverse_sqrt only: images after which the decay starts
         b1=0.9,
         b2=0.999,
         eps=1e-8,
+        clip=0.0,  # largest global norm of a gradient; 0: none
+        weight_decay=0.0,  # AdamW's: lr * weight_decay * params, of those that the family decays
+        final_weight_decay=config_dict.placeholder(float),  # half a cosine from weight_decay to it; unset: constant
         ema_mimg=0.5,  # half-life of the EMA in millions of images
         ema_rampup=0.0,  # half-life at most this fraction of the images seen; 0: off
         ema_stds=(),  # instead of a half-life: lengths of power-function EMAs, as in (0.05, 0.1); the first one counts
@@ -44,21 +53,6 @@ def _training(**given) -> dict:
         snapshot_every=_duration(),  # of every EMA in ema_stds, for ddo_jax.posthoc; unset: none
     )
     return defaults | given
-
-
-def _sampler() -> dict:
-    """How images are made, in rounds and for reports; `rho` and `s_...` are Heun's."""
-    return dict(
-        solver="heun",  # heun | dpmv3
-        num_steps=18,
-        sigma_min=0.002,
-        sigma_max=80.0,
-        rho=7.0,
-        s_churn=0.0,
-        s_min=0.0,
-        s_max=1e30,  # "no limit"; JSON has no infinity
-        s_noise=1.0,
-    )
 
 
 def _evaluation() -> dict:
@@ -83,7 +77,9 @@ def base() -> ConfigDict:
             name="",  # of the experiment: title of the report
             remark="",  # what the reader of the report must know beside its numbers
             seed=0,  # of training: initialisation, data order, noise
-            family="edm",  # edm | edm2
+            family="edm",  # edm | edm2 | var
+            objective="ddo",  # of the rounds: ddo | mle | cca; the last two are baselines without fakes of the reference
+            dtype="float32",  # of matrix products in training: float32; bfloat16 and float16 for family var only
             precision="highest",  # matmul and convolution precision: default | high | highest
             remat=False,  # recompute activations in the backward pass: changes memory, never results
             init="scratch",  # scratch | WHAT: a workdir or checkpoint of ours, a released file, a known name
@@ -96,7 +92,7 @@ def base() -> ConfigDict:
                 augment=0.0,  # probability of EDM's augmentation in MLE phases; the network is told (model.augment_dim)
             ),
             model=dict(
-                arch="mlp",  # edm: mlp | SongUNet | DhariwalUNet; edm2: UNet
+                arch="mlp",  # edm: mlp | SongUNet | DhariwalUNet; edm2: UNet; var: VAR
                 img_resolution=32,
                 img_channels=3,
                 label_dim=0,
@@ -107,9 +103,14 @@ def base() -> ConfigDict:
             ddo=_training(
                 rounds=1,
                 length=_duration(),  # of one round
-                alpha=(4.0,),  # the grid of every round is alpha x beta
+                alpha=(4.0,),  # the grid of every round is alpha x beta; objective cca: alpha is its lambda
                 beta=(0.05,),
-                pool=50_000,  # fakes per round
+                pool=50_000,  # fakes per round, sampled before it; 0: the reference makes every step's fakes as it goes
+                # var: rows whose label is dropped have no fake term; how their real one counts is not certain. The
+                # authors' text says that they train by MLE: "nll". Public fragments of their code point to "posonly"
+                # (-log sigmoid(beta r), weight max(alpha, 1)); what that code would compute by its types is "posonly_w1".
+                dropped_row_loss="posonly",
+                reencode=True,  # var: fakes are decoded to pixels and tokenised again, as the data were
                 p_std_from=(),  # ((17, 3.0),): P_std from round 17 on; rounds count from 1
             ),
             control=_training(
@@ -117,7 +118,7 @@ def base() -> ConfigDict:
                 lrs=(1e-4,),
                 factor=3,  # steps, as a multiple of all DDO rounds together
             ),
-            sampler=_sampler(),
+            sampler=DIFFUSION_SAMPLER | VAR_SAMPLER,  # each family has its own keys and refuses the others'
             eval=_evaluation(),
             mesh=dict(fsdp=1),  # devices that share one copy of the parameters; the rest is "data"
             log=dict(every=50, tensorboard=True),  # steps
@@ -218,9 +219,10 @@ def _check_phase(config, phase: str) -> None:
     )
     for key in ("lr", "p_std"):
         _require(0 < c[key] < math.inf, f"{phase}.{key}", c[key], "a finite number above 0")
-    for key in ("ema_mimg", "ema_rampup", "final_lr", "t_ref"):
+    for key in ("ema_mimg", "ema_rampup", "final_lr", "start_lr", "t_ref", "clip", "weight_decay"):
         _require(c[key] >= 0, f"{phase}.{key}", c[key], "0 or more")
-    schedules = ("constant", "cosine", "inverse_sqrt")
+    _require(0 <= c.hold < 1, f"{phase}.hold", c.hold, "0 to below 1")
+    schedules = ("constant", "cosine", "linear", "inverse_sqrt")
     _require(c.schedule in schedules, f"{phase}.schedule", c.schedule, ", ".join(schedules))
     for key in ("warmup", "eval_every", "save_every", "snapshot_every", "length"):
         if key in c:
@@ -247,6 +249,24 @@ def _check_emas(c, phase: str) -> None:
         raise UserError(f"config.{phase}.snapshot_every: set, but {phase}.ema_stds is empty; set it to (0.05, 0.1)")
     allowed = "at least 1000 images: the names of snapshots count thousands"
     _require(every * c.batch >= 1000, f"{phase}.snapshot_every", every * c.batch, allowed)
+
+
+def _check_family(config, dtypes) -> None:
+    """What one family has and another would ignore; the sampler's keys are checked by the family."""
+    _require(config.objective in OBJECTIVES, "objective", config.objective, ", ".join(OBJECTIVES))
+    if config.objective == "mle":
+        allowed = "one value: objective mle uses neither alpha nor beta"
+        for key in ("alpha", "beta"):
+            _require(len(config.ddo[key]) == 1, f"ddo.{key}", config.ddo[key], allowed)
+    losses = ("posonly", "nll", "posonly_w1")
+    _require(config.ddo.dropped_row_loss in losses, "ddo.dropped_row_loss", config.ddo.dropped_row_loss, ", ".join(losses))
+    diffusion = [f"{phase}.{key}" for phase in ("pretrain", "ddo", "control") for key in ("p_mean", "p_std")]
+    foreign = {"var": [*diffusion, "ddo.p_std_from"]}
+    foreign |= dict.fromkeys(("edm", "edm2"), ["dtype", "ddo.dropped_row_loss", "ddo.reencode"])
+    known, given = dict(leaves(base())), dict(leaves(config))
+    for key in foreign.get(config.family, ()):
+        _require(given[key] == known[key], key, given[key], f"{known[key]!r}: family {config.family} does not use it")
+    _require(config.dtype in dtypes, "dtype", config.dtype, ", ".join(dtypes))
 
 
 def _check_p_std_from(pairs) -> None:
@@ -284,6 +304,7 @@ def validate(config, devices: int) -> None:
     dtypes = ("float32", "bfloat16", "float16")
     _require(config.eval.dtype in dtypes, "eval.dtype", config.eval.dtype, ", ".join(dtypes))
     _require(config.sampler.solver in ("heun", "dpmv3"), "sampler.solver", config.sampler.solver, "heun, dpmv3")
+    _check_family(config, dtypes)
     _require(0 <= config.data.augment <= 1, "data.augment", config.data.augment, "0 to 1")
     _require(config.keep in ("best", "all"), "keep", config.keep, "best, all")
     for phase in ("pretrain", "ddo", "control"):
@@ -299,7 +320,7 @@ def validate(config, devices: int) -> None:
     for key in needed:
         phase, name = key.split(".")
         _require(steps(config[phase][name], 1, 1, key) is not None, key, "unset", "a duration")
-    _require(config.ddo.pool >= 1, "ddo.pool", config.ddo.pool, "at least 1")
+    _require(config.ddo.pool >= 0, "ddo.pool", config.ddo.pool, "at least 1, or 0 for fakes made as training goes")
     scratch = config.init == "scratch"
     _require(
         not scratch or steps(config.pretrain.length, 1, 1, "pretrain.length"),

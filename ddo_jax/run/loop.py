@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from ddo_jax.core import ddo
 from ddo_jax.data.pipeline import batches
 from ddo_jax.errors import UserError
 from ddo_jax.run import config as configs
-from ddo_jax.run import record, snapshots, state, step
+from ddo_jax.run import record, references, snapshots, state, step
 from ddo_jax.run.checkpoint import Checkpoints
 from ddo_jax.run.images import png
 
@@ -28,9 +29,10 @@ class Phase:
     Attributes:
       name: relative directory, e.g. "rounds/001/a4_b0.2". directory: where it writes.
       section: "pretrain", "ddo" or "control". config: that part of the config.
-      objective: "mle" or "ddo". hyper: its traced numbers.
+      objective: "mle", "ddo" or "cca". hyper: its traced numbers.
       total: steps. warmup: images. eval_every, save_every: steps or None.
-      start: parameters it begins from. ref: the reference's parameters, fakes: () -> its samples ("ddo").
+      start: parameters it begins from. ref: the reference's parameters; fakes: see `ddo_jax.run.fakes`; kept: what
+        the reference said, for all candidates of a round (see `references.References`); none of them for "mle".
       seed: of data order and noise. select: which range of selection seeds its evaluations use.
     """
 
@@ -47,6 +49,7 @@ class Phase:
     start: Any
     ref: Any = None
     fakes: Any = None
+    kept: Any = None
     seed: int = 0
     select: int = 0
 
@@ -57,7 +60,10 @@ class Tools:
 
     Attributes:
       family, frozen, mesh: of the run. data: source of real images; flip: mirror half of them.
+      train: what training reads: data, or its tokens. tokens: jitted (frozen, record of pixels) -> record of tokens,
+        where training has to make them; or None.
       step_for: (phase) -> its jitted step, compiled once per kind.
+      asks: `references.Programs`, or None: the step asks the reference itself.
       ratio: jitted (params, ref, frozen, record, key, noise) -> r [B].
       evaluate: (params, phase name, step, purpose, index) -> the record of one scored set of samples, with
         its protocol, and its first images. metric: the record's key that selects (lower is better).
@@ -69,7 +75,10 @@ class Tools:
     mesh: Any
     data: Any
     flip: bool
+    train: Any
+    tokens: Callable[..., dict] | None
     step_for: Callable[[Phase], Callable]
+    asks: references.Programs | None
     ratio: Callable[..., jax.Array]
     evaluate: Callable[..., tuple[dict, np.ndarray]]
     levels: int
@@ -155,27 +164,36 @@ class _Loop:
 
     # -- data ---------------------------------------------------------------------------------------------
 
-    def data(self):
-        """(real, fake) of every step from the resume position on, on the devices."""
+    def data(self, key):
+        """(real, fake, s_ref) of every step from the resume position on, on the devices; key: of the steps."""
         phase, tools = self.phase, self.tools
         hosts = dict(start=self.first, host=jax.process_index(), hosts=jax.process_count())
-        batch, seed = phase.config.batch, phase.seed
-        reals = batches(tools.data, batch, seed, flip=tools.flip, **hosts)
-        fakes = None if phase.fakes is None else batches(phase.fakes(), batch, seed + 1, **hosts)
-        while True:
-            real = sharding.put_batch(tools.mesh, next(reals))
-            yield real, None if fakes is None else sharding.put_batch(tools.mesh, next(fakes))
+        reals = batches(tools.train, phase.config.batch, phase.seed, flip=tools.flip, with_index=True, **hosts)
+        pair = None if phase.fakes is None else phase.fakes(self.first)
+        asks = None
+        if tools.asks is not None and pair is not None:
+            asks = references.References(tools.asks, tools.mesh, tools.frozen, phase, key, phase.kept)
+        for k in itertools.count(self.first):
+            real = next(reals)
+            rows = real.pop("index", None)
+            real = sharding.put_batch(tools.mesh, real)
+            if tools.tokens is not None:
+                real = tools.tokens(tools.frozen, real)
+            fake, fake_rows = (None, None) if pair is None else pair(k, real)
+            both = {"real": real, "fake": fake}, {"real": rows, "fake": fake_rows}
+            yield real, fake, None if asks is None else asks(k, *both)
 
     # -- the loop -----------------------------------------------------------------------------------------
 
     def run(self, training_state) -> dict:
         phase, tools = self.phase, self.tools
-        advance, data = tools.step_for(phase), self.data()
-        totals, key = self.zero(), sharding.replicate(tools.mesh, state.derive(phase.seed, "step"))
+        key = sharding.replicate(tools.mesh, state.derive(phase.seed, "step"))
+        advance, data, totals = tools.step_for(phase), self.data(key), self.zero()
+        ref = phase.ref if tools.asks is None else None
         for done in range(self.first + 1, phase.total + 1):
-            real, fake = next(data)
+            real, fake, s_ref = next(data)
             training_state, totals = advance(
-                training_state, totals, phase.ref, tools.frozen, real, fake, key, phase.hyper
+                training_state, totals, ref, tools.frozen, real, fake, key, phase.hyper, s_ref
             )
             evaluate = self.due(done, phase.eval_every)
             save = evaluate or self.due(done, phase.save_every) or done == phase.total

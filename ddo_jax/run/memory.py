@@ -31,11 +31,16 @@ def tree_bytes(tree, fsdp: int = 1) -> int:
 def record(family, batch: int) -> dict:
     """Shapes of `batch` records as training reads them: of latents, where the family has them."""
     shape = family.record_shapes[-1]
-    dtype = jnp.uint8 if shape == family.image_shape else jnp.float32
     return {
-        "image": jax.ShapeDtypeStruct((batch, *shape), dtype),
+        "image": jax.ShapeDtypeStruct((batch, *shape), family.record_dtype(shape)),
         "label": jax.ShapeDtypeStruct((batch,), jnp.int32),
     }
+
+
+def abstract(family) -> tuple:
+    """Shapes of (params, frozen), the latter with what training needs of other files."""
+    params, frozen = jax.eval_shape(family.init, jax.random.key(0))
+    return params, {**frozen, **family.companion_shapes()}
 
 
 def inner_programs(eqn):
@@ -75,10 +80,11 @@ def workspace_bytes(family, c, objective: str, params, frozen, devices: int) -> 
 
     def ddo(params, ref, frozen, real, fake, key):
         def loss(p, part, j):
-            return step.ddo_objective(family, p, ref, frozen, part, hyper)
+            return step.pair_objective(family, objective, p, ref, frozen, part, hyper)
 
         real, fake = (family.encode(frozen, r, key) for r in (real, fake))
-        batch = real, fake, family.draw(key, rows, hyper.noise)
+        said = None if family.version is None else jnp.zeros((rows, 2))  # asked outside the step
+        batch = real, fake, family.draw(key, rows, hyper.noise), said
         return step.accumulated(loss, family.project(params, objective), batch, c.accumulation)
 
     def mle(params, ref, frozen, real, fake, key):
@@ -90,7 +96,7 @@ def workspace_bytes(family, c, objective: str, params, frozen, devices: int) -> 
 
     images = record(family, rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    gradients = {"ddo": ddo, "mle": mle}[objective]
+    gradients = mle if objective == "mle" else ddo
     program = jax.make_jaxpr(gradients)(params, params, frozen, images, images, key)
     return peak_bytes(program.jaxpr)
 
@@ -102,15 +108,15 @@ def step_bytes(family, c, objective: str, devices: int, fsdp: int) -> dict[str, 
     took stands beside it in benchmarks/results/2026-11-aot.jsonl. Trace only: seconds at 800 million parameters.
 
     Args:
-      c: a phase's config. objective: "ddo" or "mle". devices: of the mesh. fsdp: of config.mesh.
+      c: a phase's config. objective: "ddo", "cca" or "mle". devices: of the mesh. fsdp: of config.mesh.
     """
-    params, frozen = jax.eval_shape(family.init, jax.random.key(0))
+    params, frozen = abstract(family)
     held = jax.eval_shape(lambda p: state.new_state(p, state.optimizer(c), c.ema_stds), params)
     parts = {
         "params": tree_bytes(held["params"], fsdp),
         "ema": tree_bytes([v for k, v in held.items() if k.startswith("ema")], fsdp),
         "moments": tree_bytes(held["opt"], fsdp),
-        "reference": tree_bytes(params, fsdp) if objective == "ddo" else 0,
+        "reference": tree_bytes(params, fsdp) if objective != "mle" else 0,
         "workspace": workspace_bytes(family, c, objective, params, frozen, devices),
     }
     return parts | {"total": sum(parts.values())}

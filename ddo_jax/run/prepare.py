@@ -17,11 +17,12 @@ from ddo_jax.convert import names
 from ddo_jax.core import frechet
 from ddo_jax.data import sources
 from ddo_jax.errors import UserError
-from ddo_jax.evaluate import features, image_sets, references, score
+from ddo_jax.evaluate import features, image_sets, score
+from ddo_jax.evaluate import references as statistics
 from ddo_jax.evaluate.collect import DINOV2, MAIN
 from ddo_jax.families import get_family
 from ddo_jax.families.base import Family
-from ddo_jax.run import checkpoint, load, loop, record, rounds, state, step
+from ddo_jax.run import checkpoint, load, loop, record, references, rounds, state, step
 from ddo_jax.run import config as configs
 
 
@@ -80,7 +81,7 @@ def make_evaluator(config, workdir, family, frozen, sampler, settings, train):
     numbers = {"report": config.eval.num, "select": config.eval.select_num or config.eval.num}
     protocol = {
         "labels": "balanced by position" if family.num_classes else "none",
-        "sampler": {k: v for k, v in config.sampler.items()},
+        "sampler": {"solver": settings.solver, **settings._asdict()},
         "nfe": family.nfe(settings),
         "guidance": None,
         "ema": {section: ema_length(config[section]) for section in ("pretrain", "ddo")},
@@ -108,6 +109,8 @@ def make_evaluator(config, workdir, family, frozen, sampler, settings, train):
 
 def ema_length(c) -> str:
     """Of the average that a phase is judged by."""
+    if not c.ema_stds and not c.ema_mimg:
+        return "none"
     return f"power function, std {c.ema_stds[0]}" if c.ema_stds else f"half-life {c.ema_mimg:g} million images"
 
 
@@ -126,12 +129,12 @@ def make_references(config, network, reals, shape) -> tuple[dict, dict]:
         if name == "train" and config.eval.reference:
             length = network.apply(np.zeros((1, *shape), np.uint8))["features"].shape[1]
             path = names.resolve(config.eval.reference)
-            found = references.open_reference(path, {metric: length}, {owner: network})
+            found = statistics.open_reference(path, {metric: length}, {owner: network})
             moments[name] = dataclasses.asdict(found.gaussians[metric])
             named[name] = f"{found.name} {found.digest}"
         else:
             images = image_sets.of_source(source, levels=config.model.levels)
-            mu, sigma = references.statistics(images, network, owner, config.model.levels)[metric]
+            mu, sigma = statistics.statistics(images, network, owner, config.model.levels)[metric]
             moments[name] = {"mu": mu, "sigma": sigma, "root": frechet.sqrt_psd(sigma)}
             named[name] = f"{source.name} {source.fingerprint} ({len(source)} images)"
     return moments, named
@@ -172,6 +175,9 @@ def check_network(config):
         jax.eval_shape(family.init, jax.random.key(0))
     except (TypeError, ValueError, ZeroDivisionError) as e:
         raise UserError(f"config.model: {str(e).splitlines()[0]}") from None
+    if config.objective not in family.objectives:
+        allowed = f"{', '.join(family.objectives)}, of family {family.name}"
+        raise UserError(f"config.objective: {config.objective!r}; allowed: {allowed}")
     return family, family.settings(config.sampler), sharding.make_mesh(config.mesh.fsdp)
 
 
@@ -257,7 +263,9 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.
     sampler = score.make_sampler(family, settings, mesh, config.eval.batch)
     fakes = sampler  # pixels are stored as they are looked at: one program for both
     if len(family.record_shapes) > 1:
-        fakes = score.make_sampler(family, settings, mesh, config.eval.batch, output="records")
+        how = family.fake_settings(settings)
+        fakes = score.make_sampler(family, how, mesh, config.eval.batch, output="records")
+    train, tokens = tokenised(config, family, frozen, mesh, data)
     evaluate, metric = make_evaluator(config, workdir, family, frozen, sampler, settings, data)
     tools = loop.Tools(
         family=family,
@@ -265,6 +273,9 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.
         mesh=mesh,
         data=data,
         flip=config.data.flip,
+        train=train,
+        tokens=tokens,
+        asks=None if family.version is None else references.programs(family, config.ddo),
         step_for=step_factory(config, family, mesh),
         ratio=step.make_ratio(family, config.ddo),
         evaluate=evaluate,
@@ -274,6 +285,34 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.
         console=console,
     )
     return rounds.Setup(config, workdir, tools, sampler, fakes, params)
+
+
+TOKENISED_ONCE = 2**16  # images; of larger sets training makes the tokens of every step
+
+
+def tokenised(config, family, frozen, mesh, data):
+    """(what training reads, the program that makes tokens of its records or None), for families with tokens.
+
+    The tokens of small sets are made here, once, where an image always has the same ones.
+    """
+    if family.version is None or data.image_shape != family.image_shape:
+        return data, None
+
+    @jax.jit
+    def tokens(frozen, record):
+        return family.store(frozen, family.encode(frozen, record, jax.random.key(0)))
+
+    if config.data.flip or getattr(data, "random_crop", False) or len(data) > TOKENISED_ONCE:
+        return data, tokens
+    batch, parts = config.eval.batch, []
+    for i in range(0, len(data), batch):
+        rows = np.resize(np.arange(i, min(i + batch, len(data))), batch)  # padded: one program
+        share = batch // jax.process_count()
+        record = data.read(rows[jax.process_index() * share :][:share])
+        made = tokens(frozen, sharding.put_batch(mesh, record))
+        parts.append({k: sharding.to_host(v)[: len(data) - i] for k, v in made.items()})
+    images, labels = (np.concatenate([p[k] for p in parts]) for k in ("image", "label"))
+    return sources.ArraySource(data.name, images, labels, data.num_classes), None
 
 
 def check_data(config, family, data) -> None:

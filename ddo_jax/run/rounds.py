@@ -16,11 +16,12 @@ from etils import epath
 
 from ddo_jax import files, sharding
 from ddo_jax.data import pool as pools
+from ddo_jax.data import sources
 from ddo_jax.data.pipeline import batches
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate import score
 from ddo_jax.run import config as configs
-from ddo_jax.run import loop, record, search, state, step
+from ddo_jax.run import fakes, loop, record, references, search, state, step
 from ddo_jax.run.checkpoint import restore_ema
 
 
@@ -143,16 +144,18 @@ def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
         "num": len(seeds),
         "seeds": [int(seeds[0]), int(seeds[-1])],
         "labels": "balanced by position",
-        "sampler": dict(c.sampler),
+        "sampler": family.fake_settings(family.settings(c.sampler))._asdict(),
     }
 
 
-def candidate_name(alpha: float, beta: float) -> str:
+def candidate_name(alpha: float, beta: float, objective: str = "ddo") -> str:
     """
-    >>> candidate_name(4.0, 0.05)
-    'a4_b0.05'
+    >>> candidate_name(4.0, 0.05), candidate_name(50.0, 0.02, "cca"), candidate_name(4.0, 0.05, "mle")
+    ('a4_b0.05', 'cca_a50_b0.02', 'mle')
     """
-    return f"a{alpha:g}_b{beta:g}"
+    if objective == "mle":
+        return objective
+    return f"{'' if objective == 'ddo' else f'{objective}_'}a{alpha:g}_b{beta:g}"
 
 
 def play_round(setup: Setup, index: int, ref):
@@ -172,37 +175,44 @@ def play_round(setup: Setup, index: int, ref):
 
 
 def _compete(setup: Setup, name: str, index: int, ref) -> dict:
-    """Pool, the reference's own score, all candidates; the round's summary."""
+    """Fakes, the reference's own score, all candidates; the round's summary."""
     c, directory, tools = setup.config, setup.workdir / name, setup.tools
-    start_task = search.Task(directory / "start", lambda: tools.evaluate(ref, name, 0, "select", index)[0])
-    pool_task = search.Task(directory / "pool", lambda: make_pool(setup, directory / "pool", ref, index))
-    start, _ = divide(setup, [start_task, pool_task])
+    tasks = [search.Task(directory / "start", lambda: tools.evaluate(ref, name, 0, "select", index)[0])]
+    pooled = c.objective == "ddo" and c.ddo.pool > 0
+    if pooled:
+        tasks += [search.Task(directory / "pool", lambda: make_pool(setup, directory / "pool", ref, index))]
+    start, *_ = divide(setup, tasks)
 
     first, anchor = anchors(tools.family, tools.mesh, ref)
     noise = noise_levels(c.ddo, index + 1)
+    grid = list(itertools.product(c.ddo.alpha, c.ddo.beta))
 
     @functools.cache  # opened by a job that has a candidate to train, not by one that finds all of them done
-    def fakes():
+    def pool():
         return pools.open_pool(directory / "pool")
 
+    shared = partners(setup, anchor, index, pool, len(grid) > 1) if c.objective != "mle" else {}
     candidates = [
         phase(
             setup,
             "ddo",
-            f"{name}/{candidate_name(alpha, beta)}",
+            f"{name}/{candidate_name(alpha, beta, c.objective)}",
             first,
-            objective="ddo",
+            objective=c.objective,
             grid=(alpha, beta),
             noise=noise,
-            ref=anchor,
-            fakes=fakes,
             seed=c.seed + 1000 * (index + 1),
             select=index,
+            **shared,
         )
-        for alpha, beta in itertools.product(c.ddo.alpha, c.ddo.beta)
+        for alpha, beta in grid
     ]
     best = best_candidate(setup, candidates)
-    divide(setup, [search.Task(directory / "ratios", lambda: ratios(setup, directory, best, anchor, fakes(), noise))])
+
+    def samples():
+        return pool() if pooled else some_fakes(setup, ref, index, RATIOS)
+
+    divide(setup, [search.Task(directory / "ratios", lambda: ratios(setup, directory, best, anchor, samples(), noise))])
     before, after = start[tools.metric], best[tools.metric]
     improved = after < before
     text = f"{tools.metric} {before:.3f} -> {after:.3f} ({best['candidate']}, step {best['step']})"
@@ -210,12 +220,39 @@ def _compete(setup: Setup, name: str, index: int, ref) -> dict:
     return {"round": index + 1, "improved": improved, "start": before, **best}
 
 
-def ratios(setup: Setup, directory: epath.Path, best: dict, ref, fakes, noise, num: int = 1024) -> dict:
+def partners(setup: Setup, ref, index: int, pool, keep: bool) -> dict:
+    """What a phase needs beside data in round `index`: {"ref", "fakes", "kept"}; keep: there are several candidates."""
+    c, tools = setup.config, setup.tools
+    total = configs.steps(c.ddo.length, c.ddo.batch, len(tools.data), "ddo.length")
+    if c.objective == "cca":
+        made = fakes.wrong_labels
+    elif c.ddo.pool:
+        made = fakes.from_pool(tools.mesh, pool, c.ddo.batch, c.seed + 1000 * (index + 1) + 1)
+    else:
+        sample = functools.partial(setup.fakes, ref, tools.frozen)
+        made = fakes.online(tools.mesh, sample, c.ddo.batch, total, index, keep)
+    kept = {"real": references.Kept(len(tools.train)), "fake": references.Kept(c.ddo.pool or total * c.ddo.batch)}
+    return {"ref": ref, "fakes": made, "kept": kept if tools.asks is not None else {}}
+
+
+def some_fakes(setup: Setup, ref, index: int, num: int):
+    """The reference's own samples as a source, for rounds without a pool."""
+    family = setup.tools.family
+    seeds = score.seed_range("select", index, num)
+    parts = list(setup.fakes(ref, setup.tools.frozen, seeds, score.balanced(seeds, family.num_classes)))
+    images, labels = (np.concatenate([p[key] for p in parts]) for key in ("image", "label"))
+    return sources.ArraySource("fakes", images, labels, family.num_classes)
+
+
+RATIOS = 1024  # log-ratios of each kind in the report's histogram
+
+
+def ratios(setup: Setup, directory: epath.Path, best: dict, ref, samples, noise, num: int = RATIOS) -> dict:
     """Log-ratios of real and fake images under the round's best parameters, for the report's histogram."""
     tools, c = setup.tools, setup.config
     params = restore_ema(directory / best["candidate"] / "checkpoints", best["step"], abstract_params(setup))
     found, batch = {}, c.ddo.batch // c.ddo.accumulation
-    for name, source in (("real", tools.data), ("fake", fakes)):
+    for name, source in (("real", tools.train), ("fake", samples)):
         reader = batches(source, batch, c.seed, host=jax.process_index(), hosts=jax.process_count())
         keys = jax.random.split(state.derive(c.seed, "ratios"), -(-num // batch))
         records = (sharding.put_batch(tools.mesh, next(reader)) for _ in keys)

@@ -231,5 +231,5 @@ def test_cca():
         expected = [np.log1p(np.exp(-0.02 * v)) for v in r[0].astype(float)]
         for v, same in zip(r[1].astype(float), np.asarray(positive), strict=True):
             expected.append(np.log1p(np.exp(-0.02 * v)) if same else lam * np.log1p(np.exp(0.02 * v)))
-        loss = ar.cca_loss(jnp.asarray(r[0]), jnp.asarray(r[1]), positive, lam=lam, beta=0.02)
+        loss, _ = ar.cca_loss(jnp.asarray(r[0]), jnp.asarray(r[1]), positive, lam=lam, beta=0.02)
         np.testing.assert_allclose(loss, sum(expected) / 5 / max(lam, 1), rtol=1e-6)

@@ -1,0 +1,302 @@
+"""Family `var`: next-scale autoregression over the tokens of a VQ-VAE (specs/var.md sections 7 to 9).
+
+examples = {"tokens": int32 [B,L], "label": int32 [B]}, after sampling also "f_hat", the map that they decode to;
+draws = {"dropped": bool [B]}: rows that are scored, and trained, without their label. s = logp [B], the exact
+log-likelihood, summed over all L tokens.
+"""
+
+import dataclasses
+import functools
+import json
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddo_jax import convert
+from ddo_jax.convert import vqvae
+from ddo_jax.core import ar
+from ddo_jax.errors import UserError
+from ddo_jax.families.base import DIFFUSION_SAMPLER, VAR_SAMPLER, Family, own_settings
+from ddo_jax.families.codecs import in_parts, to_unit
+from ddo_jax.models import var as networks
+from ddo_jax.models.vqvae import VQVAE
+
+TOKENIZER = "var-vae"  # of the released networks
+# What config.model holds beside the arguments of the transformer; label_dim is its num_classes.
+OURS = ("arch", "img_resolution", "img_channels", "label_dim", "sigma_data", "levels", "vae", "cond_drop_rate")
+HALF = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
+TOGETHER = 8  # images a device in the tokenizer: its activations at 256 x 256 are 42 MB each
+
+
+class VARSettings(NamedTuple):
+    """Of `sample`: as `models.var.SampleSettings`; reencode: tokens of the decoded pixels take the place of its own."""
+
+    cfg: float = 0.0
+    top_k: int = 0
+    top_p: float = 0.0
+    more_smooth: bool = False
+    reencode: bool = False
+
+    solver = "var"
+
+
+def released_arguments(model) -> dict:
+    """config.model -> the arguments of the transformer."""
+    return {**{k: v for k, v in model.items() if k not in OURS}, "num_classes": model["label_dim"]}
+
+
+@functools.lru_cache(maxsize=8)
+def tokenizer_module(vae: str, transformer: networks.VAR) -> VQVAE:
+    """The module of config.model.vae; while the file is not at hand (`companions` refuses that) the released one's."""
+    try:
+        return vqvae.load(vae, transformer.patch_nums)[0]
+    except UserError:
+        sizes = dict(vocab_size=transformer.vocab_size, z_channels=transformer.z_channels)
+        return VQVAE(patch_nums=transformer.patch_nums, **sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class VARFamily:
+    """The functions of the family for one network; `family` puts them into the record.
+
+    Attributes:
+      module: VAR, with the dtype of its matrix products in training. model: the config.model it was built from.
+      precision: of float32 matrix products and convolutions. sampling: dtype of the transformer when sampling.
+      dropped_row_loss: see `core.ar.var_ddo_loss`. reencode: fakes are tokens of their decoded pixels.
+    """
+
+    module: networks.VAR
+    model: dict
+    precision: str
+    sampling: str
+    dropped_row_loss: str
+    reencode: bool
+
+    # -- the tokenizer ---------------------------------------------------------------------------------------
+
+    def companions(self) -> dict:
+        """{"vqvae": parameters}; checks that the file fits the transformer.
+
+        Raises:
+          UserError: see `vqvae.load`; or another codebook or size of images.
+        """
+        try:
+            module, variables = vqvae.load(self.model["vae"], self.module.patch_nums)
+        except UserError as e:
+            raise UserError(f"config.model.vae: {e}") from None
+        wanted = (self.module.vocab_size, self.module.z_channels, *(self.model[f"img_{k}"] for k in ("resolution", "channels")))
+        made = (module.vocab_size, module.z_channels, module.image_size, module.in_channels)
+        if made != wanted:
+            raise UserError(
+                f"config.model.vae: {self.model['vae']} has vocab_size, z_channels, img_resolution, img_channels "
+                f"{made}; allowed: {wanted}, as config.model says"
+            )
+        return {"vqvae": variables["params"]}
+
+    def companion_shapes(self) -> dict:
+        """Of `companions`; without its file those of the released tokenizer: a plan needs no file."""
+        module = tokenizer_module(self.model["vae"], self.module)
+        x = jax.ShapeDtypeStruct((1, module.image_size, module.image_size, module.in_channels), np.float32)
+        return {"vqvae": jax.eval_shape(module.init, jax.random.key(0), x)["params"]}
+
+    def tokenizer(self, frozen, *args, method: str):
+        """A method of the VQ-VAE, in float32 at `precision`."""
+        module = tokenizer_module(self.model["vae"], self.module)
+        with jax.default_matmul_precision(self.precision):
+            return module.apply({"params": frozen["vqvae"]}, *args, method=method)
+
+    def tokens_of(self, frozen, pixels):
+        """Tokens [B,L] of float pixels [B,H,W,C] in [-1, 1]."""
+        return in_parts(lambda x: self.tokenizer(frozen, x, method="tokens"), pixels, TOGETHER * jax.device_count())
+
+    def pixels_of(self, frozen, examples):
+        """Decoded images [B,H,W,C] in [-1, 1]."""
+        f_hat = examples.get("f_hat")
+        if f_hat is None:
+            f_hat = self.tokenizer(frozen, examples["tokens"], method="f_hat")
+        return in_parts(lambda f: self.tokenizer(frozen, f, method="decode"), f_hat, TOGETHER * jax.device_count())
+
+    # -- the seam (families/base.py) -------------------------------------------------------------------------
+
+    def init(self, key):
+        maps = jnp.zeros((1, self.module.length - self.module.spans[0][1], self.module.z_channels))
+        return self.module.init(key, jnp.zeros((1,), jnp.int32), maps)["params"], {}
+
+    def encode(self, frozen, record, key):
+        tokens = record["image"]
+        if tokens.ndim == 4:
+            tokens = self.tokens_of(frozen, to_unit(tokens, self.model["levels"]))
+        return {"tokens": tokens.astype(jnp.int32), "label": record["label"]}
+
+    def augment(self, examples, key):
+        return examples
+
+    def decode(self, frozen, examples):
+        """uint8; truncated at 256 levels, as released (with few levels that would darken: rounded)."""
+        levels = self.model["levels"]
+        half = 0.0 if levels == 256 else 0.5
+        return ((levels - 1) * (self.pixels_of(frozen, examples) + 1) / 2 + half).astype(jnp.uint8)
+
+    def store(self, frozen, examples):
+        return {"image": examples["tokens"], "label": examples["label"]}
+
+    def draw(self, key, n, noise):
+        return {"dropped": jax.random.bernoulli(key, self.model["cond_drop_rate"], (n,))}
+
+    def version(self, draws):
+        return draws["dropped"].astype(jnp.int32)
+
+    def score(self, params, frozen, examples, draws, **kwargs):
+        """log p [B] of the tokens given the label, or given none where it is dropped."""
+        maps = self.tokenizer(frozen, examples["tokens"], method="var_input")
+        labels = jnp.where(draws["dropped"], self.module.num_classes, examples["label"])
+        with jax.default_matmul_precision(self.precision):
+            logits = self.module.apply({"params": params}, labels, maps, **kwargs)
+        return ar.ar_logp(logits, examples["tokens"])
+
+    def ratio(self, s, s_ref, examples, draws):
+        return s - s_ref
+
+    def nll(self, s, examples, draws):
+        return -s
+
+    def pair_loss(self, objective, r, logp_real, labels, draws, alpha, beta):
+        dropped = draws["dropped"]
+        if objective == "cca":
+            positive = dropped | (labels[:, 0] == labels[:, 1])
+            return ar.cca_loss(r[:, 0], r[:, 1], positive, lam=alpha, beta=beta)
+        how = dict(length=self.module.length, dropped_row_loss=self.dropped_row_loss)
+        return ar.var_ddo_loss(r[:, 0], r[:, 1], logp_real, dropped, alpha=alpha, beta=beta, **how)
+
+    def mle_loss(self, params, frozen, examples, draws, key):
+        """Cross-entropy a token: its mean over the L tokens, as the base model was trained (section 4.5)."""
+        logp = self.score(params, frozen, examples, draws, train=True, rngs={"dropout": key})
+        return -logp / self.module.length
+
+    def decays(self, params):
+        return networks.decay_mask(params)
+
+    def project(self, params, objective):
+        return params
+
+    def latents(self, keys):
+        return jnp.zeros((len(keys), 0))  # there is no starting noise
+
+    def guide(self, params, frozen, labels):
+        raise UserError("a VAR guides itself by --guidance (config.sampler.cfg); it is no guide of another network")
+
+    def sample(self, nets, frozen, labels, latents, noise, settings):
+        params, guide = nets
+        if guide is not None:
+            raise UserError("a VAR guides itself by --guidance (config.sampler.cfg); it takes no second network")
+        module = self.module.clone(dtype=HALF.get(self.sampling))
+        codes = jnp.arange(self.module.vocab_size)
+        codebook = self.tokenizer(frozen, codes, method="embed")
+
+        def accumulate(s, h, f_hat):
+            return self.tokenizer(frozen, s, h, f_hat, method="step")
+
+        with jax.default_matmul_precision(self.precision):
+            how = networks.SampleSettings(*settings[:4])
+            tokens, f_hat = networks.sample_tokens(
+                module, {"params": params}, labels, noise, how, codebook, accumulate
+            )
+        examples = {"tokens": tokens, "f_hat": f_hat, "label": labels}
+        if not settings.reencode:
+            return examples
+        return {"tokens": self.tokens_of(frozen, self.pixels_of(frozen, examples)), "label": labels}
+
+    def settings(self, sampler):
+        """config.sampler -> VARSettings.
+
+        Raises:
+          UserError: what cannot be sampled with.
+        """
+        settings = VARSettings(**own_settings(sampler, VAR_SAMPLER, DIFFUSION_SAMPLER))
+        if not np.isfinite(settings.cfg) or settings.cfg < 0:
+            raise UserError(f"config.sampler.cfg: {settings.cfg}; allowed: 0 (no guidance) and more")
+        if settings.top_k < 0 or not 0 <= settings.top_p <= 1:
+            raise UserError(
+                f"config.sampler: top_k {settings.top_k}, top_p {settings.top_p}; allowed: top_k from 0, top_p in [0, 1]"
+            )
+        return settings
+
+    def fake_settings(self, settings):
+        return VARSettings(reencode=self.reencode)
+
+    def imported(self, released):
+        if released.kind != "var":
+            raise UserError(f"weights of kind {released.kind}; config.family is 'var'")
+        try:
+            variables = convert.from_torch("var", released_arguments(self.model), released.state_dict)[1]
+        except ValueError as e:
+            raise UserError(f"the weights do not fit config.model: {e}") from None
+        return jax.tree.map(lambda v: np.asarray(v, np.float32), variables["params"]), {}
+
+    def export(self, params, frozen):
+        arguments = released_arguments(self.model)
+        ours = {k: self.model[k] for k in OURS if k in self.model}
+        metadata = {"ddo_jax_config": json.dumps(arguments), "ddo_jax_tokenizer": json.dumps(ours)}
+        return convert.to_torch("var", arguments, {"params": params}), {"ddo_jax_kind": "var", **metadata}
+
+    def family(self) -> Family:
+        same = [f.name for f in dataclasses.fields(Family) if hasattr(self, f.name)]
+        side, scales = self.model["img_resolution"], len(self.module.patch_nums)
+        image = (side, side, self.model["img_channels"])
+        return Family(
+            name="var",
+            num_classes=self.module.num_classes,
+            image_shape=image,
+            levels=self.model["levels"],
+            record_shapes=(image, (self.module.length,)),
+            objectives=("ddo", "mle", "cca"),
+            own_guidance=True,
+            nfe=lambda settings: scales * (2 if settings.cfg else 1),
+            passes=lambda settings: 2 if settings.cfg else 1,  # cached: all scales together are one pass over L tokens
+            **{field: getattr(self, field) for field in same},
+        )
+
+
+def configure(config, released) -> None:
+    """Set config.model and config.sampler to those of a released VAR: the released tokenizer, no guidance, no filters.
+
+    Raises:
+      UserError: what our own metadata say of the tokenizer is not JSON.
+    """
+    given: dict[str, Any] = {k: v for k, v in released.config.items() if k != "num_classes"}
+    given["patch_nums"] = tuple(given["patch_nums"])
+    side = 16 * given["patch_nums"][-1]
+    model = {"arch": "VAR", "img_resolution": side, "img_channels": 3, "levels": 256, "sigma_data": 0.5}
+    model |= {"label_dim": released.config["num_classes"], "vae": TOKENIZER, "cond_drop_rate": 0.1}
+    if ours := released.extras.get("metadata", {}).get("ddo_jax_tokenizer"):
+        try:
+            model |= {k: v for k, v in json.loads(ours).items() if k in OURS}
+        except (ValueError, AttributeError):
+            raise UserError("metadata ddo_jax_tokenizer is not a JSON object; write the file again") from None
+    config.model = ConfigDict(model | given)
+    config.sampler.update(VAR_SAMPLER)
+
+
+def make(config) -> Family:
+    """The family for `config.model`.
+
+    Raises:
+      UserError: an argument the network refuses.
+    """
+    model = config.model.to_dict()
+    if model["arch"] != "VAR":
+        raise UserError(f"config.model.arch: {model['arch']!r}; allowed for family var: VAR")
+    if config.data.augment:
+        raise UserError(f"config.data.augment: {config.data.augment}; allowed: 0, a VAR cannot be told")
+    model = {"vae": TOKENIZER, "cond_drop_rate": 0.1, **model}
+    if not 0 <= model["cond_drop_rate"] < 1:
+        raise UserError(f"config.model.cond_drop_rate: {model['cond_drop_rate']}; allowed: 0 to below 1")
+    try:
+        module = networks.from_config(released_arguments(model), HALF.get(config.dtype), config.remat)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"config.model: {e}") from None
+    how = (config.precision, config.eval.dtype, config.ddo.dropped_row_loss, config.ddo.reencode)
+    return VARFamily(module, model, *how).family()

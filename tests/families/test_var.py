@@ -1,0 +1,325 @@
+"""Family var: the goldens' likelihoods and DDO losses through this trainer's step, tokens, fakes, guidance, files."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ddo_jax import convert
+from ddo_jax.convert import safetensors, vqvae
+from ddo_jax.convert.read import Released
+from ddo_jax.errors import UserError
+from ddo_jax.families import from_released, get_family
+from ddo_jax.models.vqvae import from_config
+from ddo_jax.run import step
+from ddo_jax.run.config import base
+
+GOLDEN = Path(__file__).parents[1] / "goldens" / "var_small.npz"
+CONFIG = dict(depth=2, embed_dim=16, num_heads=2, patch_nums=(1, 2, 4), vocab_size=12, z_channels=4)
+TOKENIZER = dict(vocab_size=12, z_channels=4, ch=8, ch_mult=[1, 1], num_res_blocks=1, patch_nums=[1, 2, 4])
+TOKENIZER |= dict(in_channels=1, norm_groups=4)
+B = 4
+
+
+def write_tokenizer(path, config, quantizer=None):
+    """A tokenizer file with random weights; `quantizer` replaces its quantizer's."""
+    module = from_config(config)
+    x = jnp.zeros((1, module.image_size, module.image_size, module.in_channels))
+    variables = jax.jit(module.init)(jax.random.key(1), x)
+    params = variables["params"] | ({"quantize": quantizer} if quantizer else {})
+    arrays = convert.to_torch("vqvae", config, {**variables, "params": params})
+    path.write_bytes(safetensors.dumps(arrays, {"ddo_jax_kind": "vqvae", "ddo_jax_config": json.dumps(config)}))
+    return str(path)
+
+
+def config(vae, **model):
+    c = base()
+    with c.unlocked():
+        c.family = "var"
+        c.model.update(arch="VAR", img_resolution=8, img_channels=1, label_dim=10, levels=17, vae=vae)
+        c.model.update(CONFIG | model)
+    return c
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("var") / "vae.safetensors", TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def small(vae):
+    """(family, params, frozen) with random weights whose logits are not all alike."""
+    family = get_family(config(vae))
+    params, _ = jax.jit(family.init)(jax.random.key(0))
+    params = jax.tree.map(lambda v: v + 0.1 * jax.random.normal(jax.random.key(v.size), v.shape), params)
+    return family, params, family.companions()
+
+
+def images():
+    rng = np.random.default_rng(0)
+    return {"image": rng.integers(0, 17, (B, 8, 8, 1), np.uint8), "label": np.arange(B, dtype=np.int32)}
+
+
+# ----------------------------------------------------------------------------------------------------
+# The goldens through the family and the step
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    """(arrays, info, family, params, reference, frozen) of the golden network and its quantizer."""
+    with np.load(GOLDEN) as f:
+        arrays = dict(f)
+    info, tokens = (json.loads(str(arrays[k])) for k in ("config", "vae/config"))
+    wide = {k: v for k, v in tokens.items() if k in vqvae.from_config.__globals__["KEYS"]}
+    narrow = wide | dict(ch=32, ch_mult=[1, 1], num_res_blocks=1)  # encoder and decoder do not matter here
+    at = "vae/quantize."
+    quantizer = {"embedding": {"weight": arrays[f"{at}embedding.weight"]}}
+    for k in range(4):
+        w, b = (arrays[f"{at}quant_resi.qresi_ls.{k}.{name}"] for name in ("weight", "bias"))
+        quantizer[f"phi_{k}"] = {"weight": w.transpose(2, 3, 1, 0), "bias": b}
+    path = write_tokenizer(tmp_path_factory.mktemp("golden") / "vae.safetensors", narrow, quantizer)
+    c = base()
+    names = ("num_classes", "depth", "embed_dim", "num_heads", "patch_nums", "mlp_ratio", "shared_aln", "attn_l2_norm")
+    arguments = {k: info[k] for k in names} | {"vocab_size": info["V"], "z_channels": info["Cvae"]}
+    state = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
+    with c.unlocked():
+        from_released(c, Released("var", arguments, state, {}))
+        c.model.update(vae=path, img_resolution=8)
+    family = get_family(c)
+    params, _ = family.imported(Released("var", arguments, state, {}))
+    other = state | {k.removeprefix("ref/"): v for k, v in arrays.items() if k.startswith("ref/")}
+    return arrays, info, c, params, family.imported(Released("var", arguments, other, {}))[0], family.companions()
+
+
+def test_likelihoods(golden):
+    """Breaks if a label, a map or a token reaches the network in another place or order."""
+    arrays, info, c, params, _, frozen = golden
+    family = get_family(c)
+    labels = arrays["tf/labels"]
+    dropped = labels == info["uncond_label"]
+    examples = {"tokens": jnp.asarray(arrays["tf/tokens"]), "label": jnp.where(dropped, 3, labels)}
+    draws = {"dropped": jnp.asarray(dropped)}
+    s = jax.jit(family.score)(params, frozen, examples, draws)
+    np.testing.assert_allclose(s, arrays["tf/logp"], rtol=1e-6, atol=1e-4)
+    loss = family.mle_loss(params, frozen, examples, draws, jax.random.key(0))
+    np.testing.assert_allclose(np.mean(loss), arrays["tf/ce_mean"], rtol=1e-5)
+    np.testing.assert_array_equal(family.version(draws), dropped)
+
+
+CASES = [(f"case{i}_{v}", i, v) for i, v in ((0, "posonly"), *((1, v) for v in ("posonly", "posonly_w1", "nll")))]
+CASES += [(f"case2_{v}", 2, v) for v in ("posonly_w1", "nll")] + [("case3_nll", 3, "nll")]
+
+
+@pytest.mark.parametrize("name, case, variant", CASES)
+def test_ddo_losses_and_gradients(golden, name, case, variant):
+    """Breaks if pairs, weights of dropped rows, alpha's division or the reference's place in the step are wrong."""
+    arrays, info, c, params, ref, frozen = golden
+    found = next(x for x in info["ddo_cases"] if x["name"] == name)
+    c = c.copy_and_resolve_references()
+    c.ddo.dropped_row_loss = variant
+    family = get_family(c)
+    labels = jnp.asarray(arrays["ddo/labels"])
+    dropped = jnp.asarray(arrays["ddo/dropped"] & found["drop_applied"])
+    real, fake = ({"tokens": jnp.asarray(arrays[f"ddo/{k}_tokens"]), "label": labels} for k in ("real", "fake"))
+    draws, hyper = {"dropped": dropped}, step.Hyper(found["alpha"], found["beta"], 1.0, (0.0, 1.0))
+
+    def loss(params, s_ref):
+        return step.pair_objective(family, "ddo", params, ref, frozen, (real, fake, draws, s_ref), hyper)
+
+    kept = jnp.stack([family.score(ref, frozen, rows, draws) for rows in (real, fake)], 1)
+    for s_ref in (kept, None):
+        (value, stats), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, s_ref)
+        np.testing.assert_allclose(value, arrays[f"ddo/{name}/loss"], rtol=1e-5, atol=1e-5)
+        norm = arrays[f"ddo/{name}/grad_global_norm"]
+        np.testing.assert_allclose(optax.tree.norm(grads), norm, rtol=1e-4)
+    logp = arrays[f"ddo/case{case}/logp_real"]
+    np.testing.assert_allclose(stats["nll_real"][0] / stats["nll_real"][1], -logp.mean(), rtol=1e-5)
+
+
+def test_decay(golden):
+    """Breaks if weight decay acts on what the base model was trained without."""
+    _, info, c, params, *_ = golden
+    family = get_family(c)
+    kept = convert.to_torch("var", dict(golden_arguments(c)), {"params": jax.tree.map(_flag, family.decays(params), params)})
+    buffers = ("lvl_1L", "attn_bias_for_masking")
+    decayed = {k for k, v in kept.items() if v.any() and k not in buffers}
+    every = {k for k in kept if k not in buffers and not k.endswith("zero_k_bias")}
+    assert every - decayed == set(info["no_weight_decay_params"])
+
+
+def golden_arguments(c):
+    from ddo_jax.families.var import released_arguments
+
+    return released_arguments(c.model.to_dict())
+
+
+def _flag(on, v):
+    return np.full(np.shape(v), float(on), np.float32)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Tokens, fakes, guidance
+
+
+def test_tokens_of_pixels_and_back(small):
+    """Breaks if a pool's record, or a tokenised data set, is not what the pixels gave; or the picture is another."""
+    family, _, frozen = small
+    examples = family.encode(frozen, images(), jax.random.key(0))
+    module, variables = vqvae.load(family.imported.__self__.model["vae"], (1, 2, 4))
+    x = images()["image"].astype(np.float32) / 8 - 1
+    np.testing.assert_array_equal(examples["tokens"], module.apply(variables, x, method="tokens"))
+    stored = family.store(frozen, examples)
+    assert stored["image"].shape == (B, 21) and stored["image"].dtype == family.record_dtype((21,)) == np.int32
+    again = family.encode(frozen, stored, jax.random.key(1))
+    np.testing.assert_array_equal(again["tokens"], examples["tokens"])
+    pixels = module.apply(variables, module.apply(variables, examples["tokens"], method="f_hat"), method="decode")
+    np.testing.assert_array_equal(family.decode(frozen, examples), np.round((np.asarray(pixels) + 1) * 8))
+
+
+def sampled(small, settings, labels=(0, 1, 2, 3), **extra):
+    family, params, frozen = small
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), jnp.arange(len(labels)))
+    nets = (params, None)
+    run = jax.jit(lambda p, f, y, k: family.sample((p, None), f, y, family.latents(k), k, settings))
+    return run(nets[0], frozen, jnp.asarray(labels, jnp.int32), keys)
+
+
+def test_an_image_depends_on_its_key_and_label_alone(small):
+    """Breaks if a sample changes with the batch it is made in."""
+    family = small[0]
+    settings = family.settings({"cfg": 1.5, "top_k": 5, "top_p": 0.9})
+    whole, part = (sampled(small, settings, labels) for labels in ((0, 1, 2, 3), (0, 1)))
+    np.testing.assert_array_equal(whole["tokens"][:2], part["tokens"])
+    assert len(np.unique(whole["tokens"])) > 4 and family.nfe(settings) == 6 and family.passes(settings) == 2
+
+
+def test_fakes_are_unguided_and_reencoded(small, vae):
+    """Breaks if guidance or filters leak into the fakes, or they are not the tokens of their own pixels."""
+    family, _, frozen = small
+    settings = family.fake_settings(family.settings({"cfg": 3.0, "top_k": 1, "more_smooth": True}))
+    assert settings == family.fake_settings(family.settings({})) and settings[:4] == (0.0, 0, 0.0, False)
+    raw = sampled(small, settings._replace(reencode=False))
+    fakes = sampled(small, settings)
+    module, variables = vqvae.load(vae, (1, 2, 4))
+    pixels = module.apply(variables, raw["f_hat"], method="decode")
+    np.testing.assert_array_equal(fakes["tokens"], module.apply(variables, pixels, method="tokens"))
+    c = config(vae)
+    c.ddo.reencode = False
+    plain = get_family(c)
+    assert not plain.fake_settings(plain.settings({})).reencode
+
+
+def test_greedy_guidance_moves_the_tokens(small):
+    """Breaks if cfg is ignored, or 1 is taken for "off"."""
+    family = small[0]
+    tokens = [sampled(small, family.settings({"cfg": cfg, "top_k": 1}))["tokens"] for cfg in (0.0, 1.0, 8.0)]
+    assert (tokens[0] != tokens[2]).any() and (tokens[0][:, 0] == tokens[2][:, 0]).all()  # the first scale: never
+    assert [family.nfe(family.settings({"cfg": cfg})) for cfg in (0.0, 1.0)] == [3, 6]
+
+
+def test_smooth_images_are_not_those_of_the_tokens(small):
+    """Breaks if more_smooth decodes the tokens, which it draws and does not use."""
+    family, _, frozen = small
+    examples = sampled(small, family.settings({"more_smooth": True}))
+    hard = family.decode(frozen, {k: v for k, v in examples.items() if k != "f_hat"})
+    assert (family.decode(frozen, examples) != hard).any()
+
+
+def test_dropped_labels(small):
+    """Breaks if the rate is another, or a dropped row still sees its label."""
+    family, params, frozen = small
+    draws = family.draw(jax.random.key(0), 10_000, (0.0, 1.0))
+    assert 0.08 < np.mean(draws["dropped"]) < 0.12
+    examples = family.encode(frozen, images(), jax.random.key(0))
+    other = {**examples, "label": (examples["label"] + 1) % 10}
+    for dropped in (True, False):
+        rows = {"dropped": jnp.full((B,), dropped)}
+        a, b = (family.score(params, frozen, e, rows) for e in (examples, other))
+        assert np.array_equal(a, b) == dropped
+
+
+def test_cca_counts_neighbours_of_one_class_as_positive(small):
+    """Breaks if a wrong label that happens to be right is pushed away."""
+    family = small[0]
+    r, draws = jnp.array([[1.0, 2.0], [1.0, 2.0]]), {"dropped": jnp.array([False, False])}
+    labels = jnp.array([[3, 3], [3, 4]])
+    loss, stats = family.pair_loss("cca", r, r[:, 0], labels, draws, 10.0, 0.5)
+    fakes = [np.log1p(np.exp(-1.0)), 10 * np.log1p(np.exp(1.0))]
+    expected = (np.log1p(np.exp(-0.5)) + np.mean(fakes)) / 10
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(stats["loss_fake"][0], sum(fakes) / 10, rtol=1e-5)
+
+
+def test_half_precision_keeps_likelihoods_in_float32(vae, small):
+    """Breaks if bfloat16 is not what runs, or log-likelihoods are summed in it."""
+    c = config(vae)
+    c.dtype = "bfloat16"
+    family, (_, params, frozen) = get_family(c), small
+    examples = family.encode(frozen, images(), jax.random.key(0))
+    draws = family.draw(jax.random.key(0), B, (0.0, 1.0))
+    text = jax.jit(family.score).lower(params, frozen, examples, draws).as_text()
+    s = family.score(params, frozen, examples, draws)
+    exact = small[0].score(params, frozen, examples, draws)
+    assert "dot_general" in text and "bf16" in text and s.dtype == jnp.float32
+    assert (s != exact).all() and np.allclose(s, exact, rtol=0.05)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files, errors
+
+
+def test_export_and_import(small, vae):
+    """Breaks if a run's result cannot be read back as what it was, tokenizer and grey levels included."""
+    family, params, frozen = small
+    arrays, metadata = family.export(jax.tree.map(np.asarray, params), frozen)
+    assert not any(name.startswith("encoder") for name in arrays)
+    released = Released("var", json.loads(metadata["ddo_jax_config"]), arrays, {"metadata": metadata})
+    c = base()
+    with c.unlocked():
+        from_released(c, released)
+    assert (c.model.vae, c.model.levels, c.model.img_resolution, c.model.label_dim) == (vae, 17, 8, 10)
+    again = get_family(c)
+    assert again.image_shape == (8, 8, 1) and again.record_shapes == ((8, 8, 1), (21,))
+    for a, b in zip(jax.tree.leaves(again.imported(released)[0]), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(arch="UNet"), "config.model.arch: 'UNet'; allowed for family var: VAR"),
+        (dict(num_heads=3), "config.model: num_heads is 3; allowed: divisors of embed_dim, 16"),
+        (dict(width=3), "unknown key 'width' for VAR"),
+        (dict(cond_drop_rate=1.0), "config.model.cond_drop_rate: 1.0; allowed: 0 to below 1"),
+    ],
+)
+def test_models_that_are_refused(vae, change, words):
+    with pytest.raises(UserError, match=words):
+        get_family(config(vae, **change))
+
+
+def test_tokenizers_that_are_refused(vae, tmp_path):
+    """Breaks if a run starts on a tokenizer of another codebook or image size, or on none."""
+    for change in (dict(vocab_size=13), dict(img_resolution=16), dict(img_channels=3)):
+        with pytest.raises(UserError, match=r"config.model.vae: .* has vocab_size, .* allowed: \(1[23], 4, "):
+            get_family(config(vae, **change)).companions()
+    with pytest.raises(UserError, match="config.model.vae: .*no such file"):
+        get_family(config(str(tmp_path / "none.safetensors"))).companions()
+
+
+def test_settings_that_are_refused(small):
+    """Breaks if a key of the diffusion samplers, or nonsense, is ignored."""
+    family = small[0]
+    for given, words in (
+        ({"num_steps": 20}, "config.sampler.num_steps: 20; not a setting of this model's sampler, which has cfg, top_k"),
+        ({"cfg": -1.0}, "config.sampler.cfg: -1.0; allowed: 0"),
+        ({"top_p": 2.0}, "top_p 2.0; allowed"),
+    ):
+        with pytest.raises(UserError, match=words):
+            family.settings(given)
+    with pytest.raises(UserError, match="no guide of another network"):
+        family.guide(None, None, None)
