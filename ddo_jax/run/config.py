@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict, config_dict
 
 from ddo_jax.core.phema import MAX_STD
+from ddo_jax.data.crops import CROPS
 from ddo_jax.errors import UserError
 
 
@@ -92,6 +93,7 @@ def base() -> ConfigDict:
                 split="train",
                 holdout="test",  # scored beside the training set in the report; "" for none
                 dir=config_dict.placeholder(str),  # unset: $TFDS_DATA_DIR or ~/tensorflow_datasets
+                crop="",  # "" as stored | var: VAR's resize and random crop to model.img_resolution
                 flip=False,  # unlabelled horizontal flips of real images
                 augment=0.0,  # probability of EDM's augmentation in MLE phases; the network is told (model.augment_dim)
             ),
@@ -133,6 +135,8 @@ def base() -> ConfigDict:
 HARMLESS = ("log", "mesh", "keep", "lease_s", "name", "remark", "data.dir", "eval.grid")  # the key or all below
 HARMLESS += tuple(f"{p}.{key}_every" for p in ("pretrain", "ddo", "control") for key in ("save", "snapshot"))
 HARMLESS += ("ddo.accumulation", "remat")
+# Keys that older workdirs lack, with the value that stands for what was done before there were such keys.
+ADDED = {"data.crop": ""}
 
 
 def leaves(config, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -153,6 +157,7 @@ def _listed(value):
 def difference(old: dict, new: dict) -> list[str]:
     """Lines 'key: old -> new' for every key that differs and is not harmless."""
     a, b = dict(leaves(old)), dict(leaves(new))
+    a |= {k: v for k, v in ADDED.items() if k in b and k not in a}
     changed = (k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k))
     return [
         f"config.{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}"
@@ -284,6 +289,7 @@ def validate(config, devices: int) -> None:
     dtypes = ("float32", "bfloat16", "float16")
     _require(config.eval.dtype in dtypes, "eval.dtype", config.eval.dtype, ", ".join(dtypes))
     _require(config.sampler.solver in ("heun", "dpmv3"), "sampler.solver", config.sampler.solver, "heun, dpmv3")
+    _require(config.data.crop in CROPS, "data.crop", config.data.crop, ", ".join(map(repr, CROPS)))
     _require(0 <= config.data.augment <= 1, "data.augment", config.data.augment, "0 to 1")
     _require(config.keep in ("best", "all"), "keep", config.keep, "best, all")
     for phase in ("pretrain", "ddo", "control"):
