@@ -34,8 +34,8 @@ def add_image_flags(p: Parser) -> None:
         "--crop",
         default="none",
         metavar="HOW",
-        help="center: central square, Lanczos (EDM). center-dhariwal: ADM's rule (ImageNet in EDM2). none (default): "
-        "Lanczos of square images",
+        help="center: central square, Lanczos (EDM). center-dhariwal: ADM's rule (ImageNet in EDM2). var: shorter side "
+        "to 1.125 N, Lanczos, central square (VAR's evaluation). none (default): Lanczos of square images",
     )
     p.add_argument("--channels", type=int, default=3, metavar="C", help="3: RGB (default), 1: greyscale")
     p.add_argument("--max_images", type=int, metavar="N", help="only the first N")

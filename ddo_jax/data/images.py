@@ -54,6 +54,20 @@ def decode(data: bytes, where: str) -> np.ndarray:
     return np.asarray(image).reshape(image.height, image.width, _CHANNELS[image.mode])
 
 
+def convert(data: bytes, where: str, mode: str) -> Image.Image:
+    """An encoded image of any mode as "RGB" or "L"; alpha is dropped.
+
+    Raises:
+      UserError: as `open_image`, or a mode that Pillow cannot convert; names `where`.
+    """
+    image, seen = open_image(data, where)
+    image.info.pop("transparency", None)  # or Pillow warns that alpha is dropped
+    try:
+        return image.convert(mode)
+    except ValueError as e:
+        raise UserError(f"{where}: {seen}: {e}; save it as RGB") from None
+
+
 def encode_png(pixels: np.ndarray) -> bytes:
     """uint8 [H, W, C], C = 1 or 3 -> PNG without compression: 1.5 times larger, faster to read."""
     buffer = io.BytesIO()

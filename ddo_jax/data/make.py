@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddo_jax.data import archives, catalogue, images, sources
+from ddo_jax.data.crops import crop_var
 from ddo_jax.errors import UserError
 
 BLOCK = 256  # images in work at a time
@@ -57,7 +58,7 @@ def no_crop(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
-CROPS = {"center": crop_center, "center-dhariwal": crop_center_dhariwal, "none": no_crop}
+CROPS = {"center": crop_center, "center-dhariwal": crop_center_dhariwal, "none": no_crop, "var": crop_var}
 
 
 def converter(resolution: int | None, crop: str, channels: int) -> Callable[[bytes, str], np.ndarray]:
@@ -76,8 +77,8 @@ def converter(resolution: int | None, crop: str, channels: int) -> Callable[[byt
         raise UserError(f"--resolution={resolution}; allowed: 1 or more pixels")
 
     def convert(data: bytes, where: str) -> np.ndarray:
-        image = images.open_image(data, where)[0].convert(MODES[channels])
-        if resolution is not None and image.size != (resolution, resolution):
+        image = images.convert(data, where, MODES[channels])
+        if resolution is not None:
             try:
                 image = CROPS[crop](image, resolution)
             except UserError as e:

@@ -17,15 +17,26 @@ class BatchSource:
     """Random access to this host's rows of every global batch.
 
     Epoch e visits the examples in the order of one seeded permutation; a batch may span two epochs.
-    Flips are drawn for the global batch before the host takes its rows, so they do not depend on the
-    number of hosts.
+    Flips and random crops are drawn for the global batch before the host takes its rows, so they do not
+    depend on the number of hosts.
     """
 
-    def __init__(self, source, batch: int, seed: int, *, flip: bool = False, host: int = 0, hosts: int = 1):
+    def __init__(
+        self,
+        source,
+        batch: int,
+        seed: int,
+        *,
+        flip: bool = False,
+        host: int = 0,
+        hosts: int = 1,
+        with_index: bool = False,
+    ):
         if batch % hosts:
             raise ValueError(f"batch {batch} is not divisible by {hosts} hosts")
         self._source, self._batch, self._seed = source, batch, seed
         self._flip, self._rows = flip, slice(host * (batch // hosts), (host + 1) * (batch // hosts))
+        self._with_index = with_index and not flip and not source.random_crop
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
 
     def __len__(self) -> int:
@@ -42,27 +53,46 @@ class BatchSource:
         for epoch in np.unique(epochs):
             here = epochs == epoch
             indices[here] = self._order(int(epoch))[offsets[here]]
+        if self._source.random_crop:
+            return self._source.read(indices[self._rows], self._draws(int(k)))
         record = self._source.read(indices[self._rows])
         if self._flip:
             flipped = np.random.default_rng((self._seed, 2**32 + int(k))).random(self._batch) < 0.5
             flipped = flipped[self._rows].reshape(-1, *(1,) * (record["image"].ndim - 1))
             record["image"] = np.where(flipped, record["image"][:, :, ::-1], record["image"])
-        return record
+        return record | ({"index": indices} if self._with_index else {})
+
+    def _draws(self, k: int) -> np.ndarray:
+        """What this host's random crops of batch k are made of (`sources.Source.read`)."""
+        draws = np.random.default_rng((self._seed, 2**33 + k)).random((self._batch, 3))
+        if not self._flip:
+            draws[:, 0] = 1  # nothing is mirrored
+        return draws[self._rows]
 
 
 def batches(
-    source, batch: int, seed: int, *, start: int = 0, flip: bool = False, host: int = 0, hosts: int = 1
+    source,
+    batch: int,
+    seed: int,
+    *,
+    start: int = 0,
+    flip: bool = False,
+    host: int = 0,
+    hosts: int = 1,
+    with_index: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless iterator over this host's part of the global batches start, start + 1, ...
 
     Args:
-      source: has `len` and `read(indices) -> {"image", "label"}`.
+      source: a `sources.Source`; has `len`, `random_crop` and `read(indices) -> {"image", "label"}`.
       batch: global batch size, divisible by `hosts`.
-      seed: of the shuffle and the flips.
+      seed: of the shuffle, the flips and the random crops.
       start: the resume position in batches; no replay.
       flip: unlabelled horizontal flips of half the images (the last but one axis is the width).
+      with_index: adds "index", int64 [batch]: the examples of the GLOBAL batch, on every host. Absent where an
+        example is not the same at every visit (flips, random crops): nothing may be remembered of it.
     """
-    records = BatchSource(source, batch, seed, flip=flip, host=host, hosts=hosts)
+    records = BatchSource(source, batch, seed, flip=flip, host=host, hosts=hosts, with_index=with_index)
     dataset = grain.MapDataset.source(records)[start:]
     # Grain's defaults (16 threads, 500 batches) cost memory and time on small machines.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

@@ -7,6 +7,8 @@
 
 Latents are the posterior of a VAE, mean then standard deviation (see `latents`), as float32 [H, W, 2 C].
 
+Images are read as they are stored and must be equal in size, unless a rule of `crops` makes them so: ImageNet's JPEGs.
+
 A source is random access by integer array, so the position of a run in its data is one integer.
 """
 
@@ -16,19 +18,22 @@ import math
 import os
 import threading
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from ddo_jax.data import archives, catalogue, images, latents
+from ddo_jax.data import archives, catalogue, crops, images, latents
 from ddo_jax.errors import UserError
 
 CACHE_BYTES = 2**30  # sets up to this many bytes, decoded, are decoded once and kept
+THREADS = min(16, os.cpu_count() or 1)
 PIECE = 32  # images that a thread reads at a time
+LARGE_PIECE = 4  # the same of ImageNet's JPEGs, some 10 ms each: a batch of 64 keeps all threads busy
 BLOCK = 1024  # images decoded between two moves of the progress bar
 
 
@@ -42,6 +47,7 @@ class Source(Protocol):
       dtype: of the images: uint8, or float32 for latents.
       max_level: the largest pixel value there is, or can be where the set is too large to look; 0 for latents.
       fingerprint: eight hex digits over the content.
+      random_crop: whether `read` takes draws: an example then is not the same at every visit.
     """
 
     name: str
@@ -50,11 +56,17 @@ class Source(Protocol):
     dtype: np.dtype
     max_level: int
     fingerprint: str
+    random_crop: bool
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """{"image": uint8 (or float32 latents) [N, H, W, C], "label": int32 [N]} of int [N]."""
+    def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """{"image": uint8 (or float32 latents) [N, H, W, C], "label": int32 [N]} of int [N].
+
+        Args:
+          draws: float64 [N, 3], uniform in [0, 1): what a random crop is made of (`crops.crop_var`), for randomness is
+            the pipeline's. None: nothing is random. Sources without random crops refuse draws.
+        """
 
 
 class Records(Protocol):
@@ -74,10 +86,16 @@ class Records(Protocol):
         """(file content, label) of each."""
 
 
+def refuse_draws(name: str, draws: np.ndarray | None) -> None:
+    if draws is not None:
+        raise ValueError(f"{name}: read without draws; nothing is random in images of a fixed size")
+
+
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
     """Examples held in memory: image uint8 (or float32 latents) [N, ...], label int32 [N]."""
 
+    random_crop: ClassVar[bool] = False
     name: str
     images: np.ndarray
     labels: np.ndarray
@@ -104,8 +122,18 @@ class ArraySource:
         crc = zlib.crc32(np.ascontiguousarray(self.images))
         return f"{zlib.crc32(np.ascontiguousarray(self.labels), crc):08x}"
 
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        refuse_draws(self.name, draws)
         return {"image": self.images[indices], "label": self.labels[indices]}
+
+
+def in_threads(threads: ThreadPoolExecutor, n: int, piece: int, work: Callable[[range], None]) -> None:
+    """work(rows) for pieces of range(n).
+
+    Raises:
+      Exception: what a thread raised.
+    """
+    list(threads.map(work, [range(start, min(start + piece, n)) for start in range(0, n, piece)]))
 
 
 class EncodedSource:
@@ -115,9 +143,11 @@ class EncodedSource:
       UserError: here of the first image, in `read` of any: damaged, or not of the size and mode of the first.
     """
 
+    random_crop = False
+
     def __init__(self, records: Records):
         self._records, self._lock, self._cache = records, threading.Lock(), None
-        self._threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+        self._threads = ThreadPoolExecutor(THREADS)
         self.name, self.num_classes = records.name, records.num_classes
         self._decoder = latents if records.latents else images
         first = self._decoder.decode(records.read([0])[0][0], records.where(0))
@@ -136,7 +166,8 @@ class EncodedSource:
             return 0
         return int(self._whole()[0].max()) if self._fits() else 255
 
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        refuse_draws(self.name, draws)
         indices = np.asarray(indices)
         if self._fits():
             pixels, labels = self._whole()
@@ -168,8 +199,7 @@ class EncodedSource:
             for row, i, (data, label) in zip(rows, chosen, self._records.read(chosen), strict=True):
                 pixels[row], labels[row] = self._decode(data, i), label
 
-        pieces = [range(start, min(start + PIECE, len(indices))) for start in range(0, len(indices), PIECE)]
-        list(self._threads.map(piece, pieces))  # raises what a thread raised
+        in_threads(self._threads, len(indices), PIECE, piece)
 
     def _decode(self, data: bytes, i: int) -> np.ndarray:
         where = self._records.where(i)
@@ -180,6 +210,44 @@ class EncodedSource:
                 f"as the first image, {self._records.where(0)}"
             )
         return pixels
+
+
+class CroppedSource:
+    """Images of any size and mode as RGB squares, cropped as they are read; nothing is kept, for random crops differ.
+
+    Raises:
+      UserError: here of the first image, in `read` of any: damaged, or deeper than 8 bits.
+    """
+
+    random_crop = True
+    dtype, max_level = np.dtype(np.uint8), 255  # interpolation makes any level
+
+    def __init__(self, records: Records, crop: str, resolution: int):
+        self._records, self._rule, self._threads = records, f"{crop} {resolution}", ThreadPoolExecutor(THREADS)
+        self.name, self.num_classes = f"{records.name}, {self._rule}", records.num_classes
+        self.image_shape = (resolution, resolution, 3)
+        self.read(np.arange(1))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the stored images and the rule: a reference's statistics are kept by it."""
+        return f"{zlib.crc32(self._rule.encode(), int(self._records.fingerprint, 16)):08x}"
+
+    def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        pixels, labels = np.empty((len(indices), *self.image_shape), np.uint8), np.empty(len(indices), np.int32)
+
+        def piece(rows: range) -> None:
+            chosen = [int(indices[row]) for row in rows]
+            for row, i, (data, label) in zip(rows, chosen, self._records.read(chosen), strict=True):
+                image = images.convert(data, self._records.where(i), "RGB")
+                pixels[row] = crops.crop_var(image, self.image_shape[0], None if draws is None else draws[row])
+                labels[row] = label
+
+        in_threads(self._threads, len(indices), LARGE_PIECE, piece)
+        return {"image": pixels, "label": labels}
 
 
 def data_dir(directory: str | None) -> epath.Path:
@@ -256,16 +324,43 @@ def _path(name: str, directory: str | None) -> Path:
     return data_dir(directory) / path if directory and not path.exists() else path
 
 
-def open_source(name: str, split: str, directory: str | None = None) -> Source:
+def _check_crop(name: str, crop: str, resolution: int) -> None:
+    if crop not in crops.CROPS:
+        raise UserError(f"config.data.crop: {crop!r}; allowed: {', '.join(map(repr, crops.CROPS))}")
+    if crop and name == "digits":
+        raise UserError(f"config.data.crop: {crop!r}; allowed with data set 'digits': ''")
+    if crop and resolution < 1:
+        raise UserError(f"config.model.img_resolution: {resolution}; allowed with data.crop = {crop!r}: 1 or more")
+
+
+def open_source(name: str, split: str, directory: str | None = None, *, crop: str = "", resolution: int = 0) -> Source:
     """Open a dataset by name (see the top of this file).
 
     Args:
       name: of the set. split: "train", "test", or a part, "train[:90%]"; zips and folders have only "train".
       directory: of TFDS sets, and of relative paths; unset: $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      crop: "": images as they are stored. "var": of any size, cropped to resolution x resolution as they are read.
 
     Raises:
-      UserError: unknown name (the known ones are listed), or what it names is missing or damaged.
+      UserError: unknown name or crop (the known ones are listed), a crop of latents, or what `name` names is missing or
+        damaged.
     """
+    _check_crop(name, crop, resolution)
     if name == "digits":
         return open_digits(split, directory)
-    return EncodedSource(open_records(name, split, directory, allow_latents=True))
+    records = open_records(name, split, directory, allow_latents=True)
+    if not crop:
+        return EncodedSource(records)
+    if records.latents:
+        raise UserError(f"config.data.crop: {crop!r}; allowed with latents, as {records.name} holds them: ''")
+    return CroppedSource(records, crop, resolution)
+
+
+def of_config(config, split: str) -> Source:
+    """The data set of a run's config, its training or its held-out part, as the run sees it.
+
+    Raises:
+      UserError: as `open_source`.
+    """
+    c = config.data
+    return open_source(c.name, split, c.dir, crop=c.crop, resolution=config.model.img_resolution)

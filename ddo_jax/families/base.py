@@ -47,7 +47,7 @@ def own_settings(sampler, own: dict, foreign: dict) -> dict:
     for key, default in foreign.items():
         if given.get(key, default) != default:
             raise UserError(
-                f"config.sampler.{key}: {given[key]!r}; not a setting of this model's sampler, which has {', '.join(own)}"
+                f"config.sampler.{key}: {given[key]!r}; this model's sampler has no such setting, but {', '.join(own)}"
             )
     return {key: given[key] for key in own if key in given}
 

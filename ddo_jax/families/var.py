@@ -87,7 +87,11 @@ class VARFamily:
             module, variables = vqvae.load(self.model["vae"], self.module.patch_nums)
         except UserError as e:
             raise UserError(f"config.model.vae: {e}") from None
-        wanted = (self.module.vocab_size, self.module.z_channels, *(self.model[f"img_{k}"] for k in ("resolution", "channels")))
+        wanted = (
+            self.module.vocab_size,
+            self.module.z_channels,
+            *(self.model[f"img_{k}"] for k in ("resolution", "channels")),
+        )
         made = (module.vocab_size, module.z_channels, module.image_size, module.in_channels)
         if made != wanted:
             raise UserError(
@@ -201,9 +205,7 @@ class VARFamily:
 
         with jax.default_matmul_precision(self.precision):
             how = networks.SampleSettings(*settings[:4])
-            tokens, f_hat = networks.sample_tokens(
-                module, {"params": params}, labels, noise, how, codebook, accumulate
-            )
+            tokens, f_hat = networks.sample_tokens(module, {"params": params}, labels, noise, how, codebook, accumulate)
         examples = {"tokens": tokens, "f_hat": f_hat, "label": labels}
         if not settings.reencode:
             return examples
@@ -219,9 +221,8 @@ class VARFamily:
         if not np.isfinite(settings.cfg) or settings.cfg < 0:
             raise UserError(f"config.sampler.cfg: {settings.cfg}; allowed: 0 (no guidance) and more")
         if settings.top_k < 0 or not 0 <= settings.top_p <= 1:
-            raise UserError(
-                f"config.sampler: top_k {settings.top_k}, top_p {settings.top_p}; allowed: top_k from 0, top_p in [0, 1]"
-            )
+            given = f"top_k {settings.top_k}, top_p {settings.top_p}"
+            raise UserError(f"config.sampler: {given}; allowed: top_k from 0 on, top_p in [0, 1]")
         return settings
 
     def fake_settings(self, settings):

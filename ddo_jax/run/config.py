@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict, config_dict
 
+from ddo_jax.core.ar import DROPPED_ROW_LOSSES
 from ddo_jax.core.phema import MAX_STD
+from ddo_jax.data.crops import CROPS
 from ddo_jax.errors import UserError
 from ddo_jax.families.base import DIFFUSION_SAMPLER, VAR_SAMPLER
 
@@ -78,7 +80,7 @@ def base() -> ConfigDict:
             remark="",  # what the reader of the report must know beside its numbers
             seed=0,  # of training: initialisation, data order, noise
             family="edm",  # edm | edm2 | var
-            objective="ddo",  # of the rounds: ddo | mle | cca; the last two are baselines without fakes of the reference
+            objective="ddo",  # of the rounds: ddo | mle | cca; the last two are baselines without fakes
             dtype="float32",  # of matrix products in training: float32; bfloat16 and float16 for family var only
             precision="highest",  # matmul and convolution precision: default | high | highest
             remat=False,  # recompute activations in the backward pass: changes memory, never results
@@ -88,6 +90,7 @@ def base() -> ConfigDict:
                 split="train",
                 holdout="test",  # scored beside the training set in the report; "" for none
                 dir=config_dict.placeholder(str),  # unset: $TFDS_DATA_DIR or ~/tensorflow_datasets
+                crop="",  # "" as stored | var: VAR's resize and random crop to model.img_resolution
                 flip=False,  # unlabelled horizontal flips of real images
                 augment=0.0,  # probability of EDM's augmentation in MLE phases; the network is told (model.augment_dim)
             ),
@@ -108,7 +111,7 @@ def base() -> ConfigDict:
                 pool=50_000,  # fakes per round, sampled before it; 0: the reference makes every step's fakes as it goes
                 # var: rows whose label is dropped have no fake term; how their real one counts is not certain. The
                 # authors' text says that they train by MLE: "nll". Public fragments of their code point to "posonly"
-                # (-log sigmoid(beta r), weight max(alpha, 1)); what that code would compute by its types is "posonly_w1".
+                # (-log sigmoid(beta r), weight max(alpha, 1)); by its types that code would compute "posonly_w1".
                 dropped_row_loss="posonly",
                 reencode=True,  # var: fakes are decoded to pixels and tokenised again, as the data were
                 p_std_from=(),  # ((17, 3.0),): P_std from round 17 on; rounds count from 1
@@ -152,8 +155,12 @@ def _listed(value):
 
 
 def difference(old: dict, new: dict) -> list[str]:
-    """Lines 'key: old -> new' for every key that differs and is not harmless."""
+    """Lines 'key: old -> new' for every key that differs and is not harmless.
+
+    A key of `base()` that an older workdir lacks has its default: what was done before there was such a key.
+    """
     a, b = dict(leaves(old)), dict(leaves(new))
+    a = {k: v for k, v in leaves(base()) if k in b and not k.startswith("model.")} | a
     changed = (k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k))
     return [
         f"config.{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}"
@@ -258,8 +265,9 @@ def _check_family(config, dtypes) -> None:
         allowed = "one value: objective mle uses neither alpha nor beta"
         for key in ("alpha", "beta"):
             _require(len(config.ddo[key]) == 1, f"ddo.{key}", config.ddo[key], allowed)
-    losses = ("posonly", "nll", "posonly_w1")
-    _require(config.ddo.dropped_row_loss in losses, "ddo.dropped_row_loss", config.ddo.dropped_row_loss, ", ".join(losses))
+    losses = ", ".join(DROPPED_ROW_LOSSES)
+    loss = config.ddo.dropped_row_loss
+    _require(loss in DROPPED_ROW_LOSSES, "ddo.dropped_row_loss", loss, losses)
     diffusion = [f"{phase}.{key}" for phase in ("pretrain", "ddo", "control") for key in ("p_mean", "p_std")]
     foreign = {"var": [*diffusion, "ddo.p_std_from"]}
     foreign |= dict.fromkeys(("edm", "edm2"), ["dtype", "ddo.dropped_row_loss", "ddo.reencode"])
@@ -305,6 +313,7 @@ def validate(config, devices: int) -> None:
     _require(config.eval.dtype in dtypes, "eval.dtype", config.eval.dtype, ", ".join(dtypes))
     _require(config.sampler.solver in ("heun", "dpmv3"), "sampler.solver", config.sampler.solver, "heun, dpmv3")
     _check_family(config, dtypes)
+    _require(config.data.crop in CROPS, "data.crop", config.data.crop, ", ".join(map(repr, CROPS)))
     _require(0 <= config.data.augment <= 1, "data.augment", config.data.augment, "0 to 1")
     _require(config.keep in ("best", "all"), "keep", config.keep, "best, all")
     for phase in ("pretrain", "ddo", "control"):

@@ -103,7 +103,7 @@ def at_hand(config, family) -> dict[str, tuple[str, int]]:
     """{input: (what it is or where to get it, number of images)}: a plan needs no file, a run needs them all."""
 
     def data():
-        source = sources.open_source(config.data.name, config.data.split, config.data.dir)
+        source = sources.of_config(config, config.data.split)
         text = f"{source.name}, {len(source):,} images, {source.num_classes} classes, CRC {source.fingerprint}"
         return text, len(source)
 

@@ -76,7 +76,7 @@ def make_evaluator(config, workdir, family, frozen, sampler, settings, train):
         network_256, network = network, dataclasses.replace(network, apply=full_range)
     reals = {"train": train}
     if config.data.holdout:
-        reals[config.data.holdout] = sources.open_source(config.data.name, config.data.holdout, config.data.dir)
+        reals[config.data.holdout] = sources.of_config(config, config.data.holdout)
     moments, named = make_references(config, network, reals, family.image_shape)
     numbers = {"report": config.eval.num, "select": config.eval.select_num or config.eval.num}
     protocol = {
@@ -212,12 +212,12 @@ def check(config) -> Checked:
         raise UserError(f"config.eval.network: 'digits' judges digits only, not {config.data.name}; allowed: inception")
     init = None if config.init == "scratch" else find_start(config.init)
     family.companions()
-    data = sources.open_source(config.data.name, config.data.split, config.data.dir)
+    data = sources.of_config(config, config.data.split)
     check_data(config, family, data)
     latent = data.image_shape != family.image_shape
     if config.data.holdout:
         _refuse_latents(latent, "data.holdout", config.data.holdout, "'': they are not decoded to be scored")
-        sources.open_source(config.data.name, config.data.holdout, config.data.dir)
+        sources.of_config(config, config.data.holdout)
     features.check(config.eval.network, config.eval.weights)
     if config.eval.reference:
         names.resolve(config.eval.reference)

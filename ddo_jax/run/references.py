@@ -1,8 +1,8 @@
 """What the reference says of examples, asked once: outside the differentiated step, and kept where an example returns.
 
 Only for families whose scores are exact (`Family.version`): with the same label a sequence of tokens has one
-likelihood. Rows return in later epochs of the data, in an offline pool, and in every further candidate of a round, which
-sees the same pairs and the same dropped labels.
+likelihood. Rows return in later epochs of the data, in an offline pool, and in every further candidate of a round,
+which sees the same pairs and the same dropped labels.
 """
 
 from typing import Any, NamedTuple

@@ -68,7 +68,7 @@ def held_out_scores(setup: Setup) -> dict:
     c = setup.config
     if not c.data.holdout:
         return {}
-    held_out = sources.open_source(c.data.name, c.data.holdout, c.data.dir)
+    held_out = sources.of_config(c, c.data.holdout)
     images = [score.some_images(source) for source in (held_out, setup.tools.data)]
     nearest = score.nearest_distance(*images, c.model.levels)
     return {"held-out images": {"evals": [{}], "nearest": nearest}}

@@ -116,10 +116,19 @@ def test_center_crop():
     np.testing.assert_array_equal(make.crop_center(image, 8), wanted)
 
 
+def test_var_crop_is_what_evaluation_sees(folder, tmp_path):
+    """Breaks if the set made once differs from the images cropped as they are read, also where one has the size."""
+    for i, size in enumerate((16, 9)):
+        assert run(folder, tmp_path / f"{i}.zip", f"--resolution={size}", "--crop=var") == 0
+        made = sources.open_source(str(tmp_path / f"{i}.zip"), "train").read(np.arange(10))
+        cropped = sources.open_source(str(folder), "train", crop="var", resolution=size).read(np.arange(10))
+        assert all(np.array_equal(made[key], cropped[key]) for key in ("image", "label"))
+
+
 ERRORS = {
     "not square": (["--resolution=8"], "raw/ant/1.png: 24x40 is not square; set --crop=center"),
     "unequal": ([], "raw/ant/3.png: .*set --resolution and --crop"),
-    "crop": (["--crop=middle"], "--crop=middle; allowed: center, center-dhariwal, none"),
+    "crop": (["--crop=middle"], "--crop=middle; allowed: center, center-dhariwal, none, var$"),
     "crop without size": (["--crop=center"], "--crop=center needs a size"),
     "size": (["--resolution=0"], "--resolution=0; allowed: 1 or more"),
     "number": (["--resolution=x"], "invalid int value: 'x'"),

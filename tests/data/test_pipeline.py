@@ -61,6 +61,21 @@ def test_two_hosts_make_the_batch_of_one(source):
         assert equal(joined, whole[k])
 
 
+def test_index_is_that_of_the_whole_batch(source):
+    """Breaks if a host gets its own rows' indices, or an index is given unasked or of what flips make another."""
+    whole = BatchSource(source, BATCH, 0)
+    for host in range(2):
+        part = BatchSource(source, BATCH, 0, host=host, hosts=2, with_index=True)
+        for k in (0, 2):  # batch 2 spans two epochs
+            index = part[k]["index"]
+            assert index.dtype == np.int64 and np.array_equal(index, whole[k]["label"])  # labels number the examples
+            assert np.array_equal(part[k]["image"], source.images[index[5 * host : 5 * host + 5]])
+    assert "index" not in whole[0]
+    assert "index" not in BatchSource(source, BATCH, 0, flip=True, with_index=True)[0]
+    stream = batches(source, BATCH, 0, start=2, with_index=True)
+    assert equal(next(stream), BatchSource(source, BATCH, 0, with_index=True)[2])
+
+
 def test_hosts_must_divide_the_batch(source):
     """Breaks if rows are dropped silently."""
     with pytest.raises(ValueError, match="10 .*3 hosts"):

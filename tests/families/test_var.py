@@ -14,7 +14,8 @@ from ddo_jax.convert import safetensors, vqvae
 from ddo_jax.convert.read import Released
 from ddo_jax.errors import UserError
 from ddo_jax.families import from_released, get_family
-from ddo_jax.models.vqvae import from_config
+from ddo_jax.families.var import released_arguments
+from ddo_jax.models.vqvae import KEYS, from_config
 from ddo_jax.run import step
 from ddo_jax.run.config import base
 
@@ -74,7 +75,7 @@ def golden(tmp_path_factory):
     with np.load(GOLDEN) as f:
         arrays = dict(f)
     info, tokens = (json.loads(str(arrays[k])) for k in ("config", "vae/config"))
-    wide = {k: v for k, v in tokens.items() if k in vqvae.from_config.__globals__["KEYS"]}
+    wide = {k: v for k, v in tokens.items() if k in KEYS}
     narrow = wide | dict(ch=32, ch_mult=[1, 1], num_res_blocks=1)  # encoder and decoder do not matter here
     at = "vae/quantize."
     quantizer = {"embedding": {"weight": arrays[f"{at}embedding.weight"]}}
@@ -144,32 +145,24 @@ def test_decay(golden):
     """Breaks if weight decay acts on what the base model was trained without."""
     _, info, c, params, *_ = golden
     family = get_family(c)
-    kept = convert.to_torch("var", dict(golden_arguments(c)), {"params": jax.tree.map(_flag, family.decays(params), params)})
+    kept = convert.to_torch(
+        "var", dict(golden_arguments(c)), {"params": jax.tree.map(_flag, family.decays(params), params)}
+    )
     buffers = ("lvl_1L", "attn_bias_for_masking")
     decayed = {k for k, v in kept.items() if v.any() and k not in buffers}
     every = {k for k in kept if k not in buffers and not k.endswith("zero_k_bias")}
     assert every - decayed == set(info["no_weight_decay_params"])
 
 
-def golden_arguments(c):
-    from ddo_jax.families.var import released_arguments
-
-    return released_arguments(c.model.to_dict())
-
-
-def _flag(on, v):
-    return np.full(np.shape(v), float(on), np.float32)
-
-
 # ----------------------------------------------------------------------------------------------------
 # Tokens, fakes, guidance
 
 
-def test_tokens_of_pixels_and_back(small):
+def test_tokens_of_pixels_and_back(small, vae):
     """Breaks if a pool's record, or a tokenised data set, is not what the pixels gave; or the picture is another."""
     family, _, frozen = small
     examples = family.encode(frozen, images(), jax.random.key(0))
-    module, variables = vqvae.load(family.imported.__self__.model["vae"], (1, 2, 4))
+    module, variables = vqvae.load(vae, (1, 2, 4))
     x = images()["image"].astype(np.float32) / 8 - 1
     np.testing.assert_array_equal(examples["tokens"], module.apply(variables, x, method="tokens"))
     stored = family.store(frozen, examples)
@@ -315,7 +308,10 @@ def test_settings_that_are_refused(small):
     """Breaks if a key of the diffusion samplers, or nonsense, is ignored."""
     family = small[0]
     for given, words in (
-        ({"num_steps": 20}, "config.sampler.num_steps: 20; not a setting of this model's sampler, which has cfg, top_k"),
+        (
+            {"num_steps": 20},
+            "config.sampler.num_steps: 20; this model's sampler has no such setting, but cfg",
+        ),
         ({"cfg": -1.0}, "config.sampler.cfg: -1.0; allowed: 0"),
         ({"top_p": 2.0}, "top_p 2.0; allowed"),
     ):

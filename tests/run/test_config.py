@@ -96,6 +96,8 @@ def put(config, key, value):
         ("ddo.rounds", 1.5, "1.5; allowed: a int"),
         ("ddo.rounds", True, "True; allowed: a int"),
         ("data.flip", 1, "1; allowed: a bool"),
+        ("data.crop", "center", "'center'; allowed: '', 'var'"),
+        ("data.crop", None, "None; allowed: '', 'var'"),
         ("ddo.alpha", (), "at least one value"),
         ("ddo.alpha", (0.0,), "above 0"),
         ("ddo.alpha", (4.0, -1.0), "above 0"),
@@ -192,7 +194,17 @@ def test_durations_in_steps():
 
 HARMLESS = ["log.every", "log.tensorboard", "keep", "lease_s", "name", "remark", "data.dir", "eval.grid"]
 HARMLESS += ["ddo.save_every.steps", "ddo.accumulation", "mesh.fsdp", "pretrain.snapshot_every.mimg", "remat"]
-SERIOUS = ["seed", "precision", "data.name", "data.split", "data.flip", "model.levels", "model.width", "ddo.lr"]
+SERIOUS = [
+    "seed",
+    "precision",
+    "data.name",
+    "data.split",
+    "data.flip",
+    "data.crop",
+    "model.levels",
+    "model.width",
+    "ddo.lr",
+]
 SERIOUS += ["ddo.alpha", "ddo.rounds", "pretrain.length.steps", "eval.num", "sampler.num_steps", "control.enabled"]
 SERIOUS += ["pretrain.ema_stds", "ddo.p_std_from", "sampler.solver", "eval.dtype"]
 
@@ -216,3 +228,15 @@ def test_difference_of_absent_keys_and_tuples(micro):
     assert configs.difference(listed, old) == []
     del listed["model"]["blocks"]
     assert configs.difference(listed, old) == ["config.model.blocks: absent -> 1"]
+
+
+def test_difference_of_keys_that_came_later(micro):
+    """Breaks if a workdir from before a key is refused although nothing changes, or continued although it does."""
+    new = micro.to_dict()
+    old = copy.deepcopy(new)
+    for key in configs.ADDED:
+        section, name = key.split(".")
+        del old[section][name]
+    assert configs.difference(old, new) == []
+    new["data"]["crop"] = "var"
+    assert configs.difference(old, new) == ["config.data.crop:  -> var"]

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import ddo_jax
 from ddo_jax import files
 from ddo_jax.errors import UserError
-from ddo_jax.run import checkpoint, prepare, rounds, selfplay
+from ddo_jax.evaluate import features
+from ddo_jax.run import checkpoint, plan, prepare, rounds, selfplay
 from ddo_jax.run.checkpoint import restore_ema
 
 
@@ -164,6 +167,27 @@ def test_one_diverging_candidate_does_not_end_the_round(setup, new_workdir, monk
     *_, summary = play(setup, new_workdir("diverging"), lambda _, step: 3.0 - step)
     assert summary["candidate"] == "a4_b0.2"
     assert any("the other candidates go on" in line for line in setup.tools.console.lines)
+
+
+def test_random_crops_reach_the_run(micro, tmp_path, monkeypatch):
+    """Breaks if training data or held-out images are opened without the config's crop, or a plan is."""
+    for i, size in enumerate([(9, 20), (14, 8), (30, 30)]):
+        path = tmp_path / "raw" / f"n{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (i, 0, 0)).save(path)
+    micro.data.update(name=str(tmp_path / "raw"), split="train[:2]", holdout="train[2:]", crop="var")
+    micro.model.update(img_channels=3, label_dim=2, levels=256)
+    micro.eval.network = "inception"
+    monkeypatch.setattr(features, "check", lambda *args: None)  # its weights are not at hand
+    data = prepare.check(micro).data
+    assert (data.name, len(data), data.image_shape) == ("folder:raw:train[:2], var 8", 2, (8, 8, 3))
+    assert plan.at_hand(micro, prepare.check_network(micro)[0])["data"][0].startswith(data.name)
+    run = types.SimpleNamespace(config=micro, tools=types.SimpleNamespace(data=data))
+    distance = selfplay.held_out_scores(run)["held-out images"]["nearest"]
+    assert distance == pytest.approx(8 * 2 / 255)  # of 64 pixels of red 2 to the nearest, red 1
+    micro.data.crop = ""
+    with pytest.raises(UserError, match="takes .8, 8, 3., but folder:raw:train.:2. has .20, 9, 3."):
+        prepare.check(micro)
 
 
 def test_other_inputs_are_refused(tmp_path):

@@ -1,0 +1,26 @@
+"""VAR's rule for images of any size (specs/var.md section 10): resize by the shorter side, then crop."""
+
+import numpy as np
+from PIL import Image
+
+CROPS = ("", "var")  # "": images as they are stored
+
+
+def crop_var(image: Image.Image, size: int, draw: np.ndarray | None = None) -> Image.Image:
+    """size x size pixels of an image; it is mirrored first, then resized by Lanczos, then cropped.
+
+    Args:
+      draw: [3] in [0, 1): mirrored if the first is below 0.5; the others place the crop, y then x, every offset being
+        equally likely. None: not mirrored, the central crop.
+    """
+    if draw is not None and draw[0] < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    # No JPEG draft, no reducing_gap, no resize(box=...): faster, but each gives other pixels.
+    short, shorter = round(1.125 * size), min(image.size)
+    image = image.resize(tuple(int(short * side / shorter) for side in image.size), Image.Resampling.LANCZOS)
+    spare_y, spare_x = image.height - size, image.width - size
+    if draw is None:
+        top, left = round(spare_y / 2), round(spare_x / 2)
+    else:
+        top, left = int(draw[1] * (spare_y + 1)), int(draw[2] * (spare_x + 1))
+    return image.crop((left, top, left + size, top + size))
