@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from ddo_jax.errors import UserError
-from ddo_jax.sample import Parser, add_sampler_flags, request
+from ddo_jax.sample import SAMPLER, Parser, add_sampler_flags, request
 
 RESIZE = {
     "inception": "TF1 bilinear 299, (x - 128) / 128",
@@ -44,6 +44,10 @@ def parser() -> Parser:
     p.add_argument("--num", type=int, help="only so many images: the first seeds; of files a random choice, seed 0")
     p.add_argument("--labels", default="balanced", help="balanced (by position), random (by seed), or a class id")
     add_sampler_flags(p)
+    p.add_argument(
+        "--sweep", metavar="KEY=V1,V2", help="guidance=0,0.5,1 (or another sampler setting): a table and a picture"
+    )
+    p.add_argument("--plot", metavar="FILE.png", help="picture of --sweep (default: sweep-KEY.png beside --out)")
     p.add_argument("--batch", type=int, default=64, help="images sampled at a time, over all devices (default: 64)")
     p.add_argument(
         "--network", default="inception", choices=("inception", "digits"), help="features (default: inception)"
@@ -100,7 +104,7 @@ def image_job(what: str, num: int | None, levels: int) -> Job:
 
 
 def checkpoint_jobs(args) -> list[Job]:
-    """One job a seed range; the network is loaded and compiled once."""
+    """One job a seed range, or one a value of --sweep; the network is loaded once."""
     from ddo_jax.run import sampling
 
     ranges = args.seeds or ["0-49999"]
@@ -111,8 +115,24 @@ def checkpoint_jobs(args) -> list[Job]:
         seeds = [s[: args.num] for s in seeds]
         ranges = [f"{s[0]}-{s[-1]}" for s in seeds]
     asked = request(args, seeds[0])
+    if args.sweep:
+        key, _ = swept(args)
+        models = sampling.sweep(asked, *swept(args))
+        return [generated(asked, model, ranges[0], seeds[0], f"{key}={value:g}") for value, model in models]
     model = sampling.open_generator(asked)
-    shape, classes = model.family.image_shape, model.family.num_classes
+    return [generated(asked, model, text, s, text) for text, s in zip(ranges, seeds, strict=True)]
+
+
+def swept(args) -> tuple[str, list]:
+    """(key, values) of --sweep."""
+    from ddo_jax.evaluate import sweep
+
+    return sweep.parse(args.sweep, {"guidance": float} | {k: v for k, v in SAMPLER.items() if v in (int, float)})
+
+
+def generated(asked, model, text: str, seeds, name: str) -> Job:
+    """The images of a seed range (`text`) as a job."""
+    from ddo_jax.run import sampling
 
     def records(seeds, labels) -> Iterator[dict]:
         at = 0
@@ -121,16 +141,16 @@ def checkpoint_jobs(args) -> list[Job]:
             at += len(ids)
             yield record | {"id": ids}
 
-    rules = {"balanced": "balanced by position", "random": f"random by seed ({args.rng})"}
+    family = model.family
+    rules = {"balanced": "balanced by position", "random": f"random by seed ({asked.rng})"}
     made = model.protocol | {
-        "labels": rules.get(args.labels, f"class {args.labels}") if classes else "none",
-        "quantised_to": f"uint8, {model.family.levels} levels",
+        "labels": rules.get(asked.labels, f"class {asked.labels}") if family.num_classes else "none",
+        "quantised_to": f"uint8, {family.levels} levels",
+        "seeds": text,
     }
-    jobs = []
-    for text, s in zip(ranges, seeds, strict=True):
-        labels = sampling.labels_of(asked, s, model.family)  # by its own positions, whatever the other ranges
-        jobs.append(Job(text, len(s), shape, model.family.levels, classes, records(s, labels), {**made, "seeds": text}))
-    return jobs
+    labels = sampling.labels_of(asked, seeds, family)  # by its own positions, whatever the other ranges
+    shape = family.image_shape
+    return Job(name, len(seeds), shape, family.levels, family.num_classes, records(seeds, labels), made)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -339,6 +359,12 @@ def check(args, wanted: list[str]) -> None:
         raise UserError("--bootstrap and --against belong together: the interval is that of a difference of two sets")
     if args.bootstrap and len(args.seeds or ()) > 1:
         raise UserError("--bootstrap: compares two sets; give one range of --seeds")
+    if args.sweep and (args.images or args.bootstrap or args.keep or len(args.seeds or ()) > 1):
+        raise UserError("--sweep: of one --checkpoint and one range of --seeds, without --keep and --bootstrap")
+    if args.plot and not args.sweep:
+        raise UserError("--plot: the picture of a --sweep, which is missing")
+    if args.sweep:
+        swept(args)
     if args.images and args.seeds:
         raise UserError("--seeds: of --checkpoint; --images are scored as they are")
     if args.num is not None and args.num < 2:
@@ -406,8 +432,23 @@ def evaluate(args) -> None:
         against = f"against {reference.name} {reference.digest}, " if reference else ""
         nets = ", ".join(f"{n.name} {n.digest}" for n in networks.values())
         print(f"{args.checkpoint or args.images}: {jobs[0].num} images a set, {against}{nets}")
-        print(table(columns))
+        print(trade_off(args, columns) if args.sweep else table(columns))
         print(f"recorded in {args.out}")
+
+
+def trade_off(args, columns: dict) -> str:
+    """The table of a sweep; its picture is written."""
+    from ddo_jax.evaluate import sweep
+
+    key, values = swept(args)
+    rows = dict(zip(values, columns.values(), strict=True))
+    path = Path(args.plot or Path(args.out).with_name(f"sweep-{key}.png"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep.figure(key, rows, f"{args.checkpoint}, {key}").savefig(path, dpi=120)
+    except (OSError, ValueError) as e:  # ValueError: a format that matplotlib does not know
+        raise UserError(f"--plot: {path}: {e}; must name a .png that can be written") from None
+    return f"{sweep.table(key, rows)}\n* best of its column; picture: {path}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -44,14 +44,16 @@ def make_sampler(family, settings, mesh, batch: int, streams=None, *, guide: Gui
       output: "images" to look at and to score; "records" to train on (`family.store`: latents stay latents).
 
     Returns:
-      sampler(params, frozen, seeds [N], labels [N]) -> iterator of records {"image": uint8 (or float32 latents)
-      [n, ...], "label": int32 [n]} on the host, n <= batch, in order; `params` placed on the mesh.
+      sampler(params, frozen, seeds [N], labels [N], weight=None) -> iterator of records {"image": uint8 (or float32
+      latents) [n, ...], "label": int32 [n]} on the host, n <= batch, in order; `params` placed on the mesh. weight: of
+      the guidance, in place of the guide's or the settings' own; all but "none" share one program.
     """
     spread = sharding.batch_sharding(mesh)
-    weights = None if guide is None or guide.weight == 1 else (guide.params, guide.frozen)
 
     def program(params, frozen, second, labels, latents, noise):
-        other = None if second is None else (guide.family.guide(*second, labels), guide.weight)
+        other = second
+        if second is not None and guide is not None:
+            other = (guide.family.guide(*second[0], labels), second[1])
         examples = family.sample((params, other), frozen, labels, latents, noise, settings)
         if output == "records":
             return family.store(frozen, examples)
@@ -67,7 +69,16 @@ def make_sampler(family, settings, mesh, batch: int, streams=None, *, guide: Gui
     def streamed(params, frozen, second, labels, latents, noise):  # noise [n, steps, ...]: the batch comes first
         return program(params, frozen, second, labels, latents, jnp.swapaxes(noise, 0, 1))
 
-    def sampler(params, frozen, seeds, labels):
+    def guidance(weight):
+        """(the guide's variables or None, weight), traced; None where nothing is guided."""
+        if guide is not None:
+            weight = guide.weight if weight is None else weight
+            return None if weight == 1 else ((guide.params, guide.frozen), np.float32(weight))
+        own = family.own_guidance and settings.cfg and weight is not None
+        return (None, np.float32(weight)) if own else None
+
+    def sampler(params, frozen, seeds, labels, weight=None):
+        weights = guidance(weight)
         seeds, labels = np.asarray(seeds, np.uint32), np.asarray(labels, np.int32)
         share = batch // jax.process_count()
         rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)  # of this host

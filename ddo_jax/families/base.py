@@ -92,7 +92,8 @@ class Family:
       latents: keys [B] -> the sampler's starting noise, one independent stream per image.
       guide: (params, frozen, labels) -> this network as the guide of another one, for `sample`.
       sample: (nets, frozen, labels, latents, noise, settings) -> examples. nets = (params, None) or (params,
-        (guide, weight)); noise: one key an image [B], or the sampler's own normals [steps, B, ...] made elsewhere.
+        (guide, weight)), the weight traced; with own guidance (params, (None, weight)) where it is not the settings'.
+        noise: one key an image [B], or the sampler's own normals [steps, B, ...] made elsewhere.
       settings: sampler config (mapping) -> hashable settings of `sample`.
       fake_settings: settings -> those of a round's fakes: the reference as it is, without guidance or filters.
       imported: released -> (params, frozen): a released checkpoint of this architecture.

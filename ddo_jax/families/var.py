@@ -194,8 +194,9 @@ class VARFamily:
 
     def sample(self, nets, frozen, labels, latents, noise, settings):
         params, guide = nets
+        how = networks.SampleSettings(*settings[:4])
         if guide is not None:
-            raise UserError("a VAR guides itself by --guidance (config.sampler.cfg); it takes no second network")
+            how = how._replace(cfg=guide[1])
         module = self.module.clone(dtype=HALF.get(self.sampling))
         codes = jnp.arange(self.module.vocab_size)
         codebook = self.tokenizer(frozen, codes, method="embed")
@@ -204,7 +205,6 @@ class VARFamily:
             return self.tokenizer(frozen, s, h, f_hat, method="step")
 
         with jax.default_matmul_precision(self.precision):
-            how = networks.SampleSettings(*settings[:4])
             tokens, f_hat = networks.sample_tokens(module, {"params": params}, labels, noise, how, codebook, accumulate)
         examples = {"tokens": tokens, "f_hat": f_hat, "label": labels}
         if not settings.reencode:

@@ -362,7 +362,8 @@ class SampleSettings(NamedTuple):
     """How to sample.
 
     Attributes:
-        cfg: guidance at the finest scale, growing linearly from 0 at the coarsest. 0, not 1, is without guidance.
+        cfg: guidance at the finest scale, growing linearly from 0 at the coarsest. 0, not 1, is without guidance;
+            may be traced (then the rows without label are always computed).
         top_k: keep the k likeliest codes; 0: all. top_p: keep the likeliest of this total probability; 0: all.
         more_smooth: embed a soft mixture of codes; for pictures to look at, never for FID.
     """
@@ -390,7 +391,7 @@ def sample_tokens(module: VAR, variables, labels, noise, settings: SampleSetting
     second to compile, and would at every scale.
     """
     n, scales, side = labels.shape[0], len(module.patch_nums), module.patch_nums[-1]
-    guided = settings.cfg != 0
+    guided = isinstance(settings.cfg, jax.Array) or settings.cfg != 0
     rows = jnp.concatenate([labels, jnp.full_like(labels, module.num_classes)]) if guided else labels
     past = maps = None
     if noise.ndim == 1:

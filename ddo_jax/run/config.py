@@ -16,7 +16,6 @@ from ddo_jax.data.crops import CROPS
 from ddo_jax.errors import UserError
 from ddo_jax.families.base import DIFFUSION_SAMPLER, VAR_SAMPLER
 
-
 OBJECTIVES = ("ddo", "mle", "cca")
 
 

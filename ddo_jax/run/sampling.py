@@ -1,5 +1,6 @@
 """Generate a set of images into a folder of PNGs or an .npz; what is there already is not made again."""
 
+import functools
 import io
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -26,8 +27,9 @@ class Request(NamedTuple):
       checkpoint: WHAT (`ddo_jax.run.load`). seeds: [N]. labels: "balanced", "random" or a class id.
       batch: images per program run. sampler: overrides of the checkpoint's sampler settings.
       rng: "jax" or "torch-cpu". dtype: of the image path. precision: of matrix products.
-      guide: WHAT of a second network, or None. guidance: its weight; 1: the guide is not used.
-      vae: WHAT of another autoencoder than the checkpoint names, or None.
+      guide: WHAT of a second network, or None. guidance: its weight, 1 being none; of a VAR, which guides itself, its
+        cfg, 0 being none; None: none, of a VAR the checkpoint's own.
+      vae: WHAT of another autoencoder or tokenizer than the checkpoint names, or None.
     """
 
     checkpoint: str
@@ -39,7 +41,7 @@ class Request(NamedTuple):
     dtype: str = "float32"
     precision: str = "highest"
     guide: str | None = None
-    guidance: float = 1.0
+    guidance: float | None = None
     vae: str | None = None
 
     def family(self, found):
@@ -53,7 +55,7 @@ class Request(NamedTuple):
         if self.vae is None:
             return family
         if len(family.record_shapes) == 1:
-            raise UserError(f"--vae: {self.vae}; allowed for latent models only, and this one works on pixels")
+            raise UserError(f"--vae: {self.vae}; allowed for models of latents or tokens, and this one works on pixels")
         return load.family_of(found, **wanted, **{"model.vae": self.vae})
 
 
@@ -123,6 +125,10 @@ def open_guide(request: Request, main, mesh) -> score.Guide | None:
     Raises:
       UserError: the networks do not fit together.
     """
+    if main.own_guidance and request.guide is not None:
+        raise UserError(f"--guide: {request.guide}; a VAR takes no second network, --guidance alone guides it")
+    if not main.own_guidance and request.guide is None and request.guidance not in (None, 1):
+        raise UserError(f"--guide=None with --guidance={request.guidance}: set --guide=WHAT, too")
     if request.guide is None:
         return None
     found = load.find(request.guide)
@@ -137,32 +143,67 @@ def open_guide(request: Request, main, mesh) -> score.Guide | None:
     return score.Guide(family, params, frozen, float(request.guidance))
 
 
-def open_generator(request: Request) -> Generator:
+class Parts(NamedTuple):
+    """What all generators of one request share: the networks, loaded once.
+
+    Attributes:
+      found: of `load.find`. family, params, frozen: of the main network. guide: a second one, or None.
+    """
+
+    found: Any
+    family: Any
+    mesh: Any
+    params: Any
+    frozen: Any
+    guide: score.Guide | None
+
+
+def load_parts(request: Request) -> Parts:
+    """The networks of a request.
+
+    Raises:
+      UserError: what cannot be loaded.
+    """
+    found = load.find(request.checkpoint)
+    family, mesh = request.family(found), sharding.make_mesh(1)
+    if family.own_guidance and request.rng != "jax":
+        raise UserError(f"--rng: {request.rng!r}; allowed for a VAR: jax, whose draws have no released counterpart")
+    params, frozen = load.parameters(found, family, mesh)
+    frozen = load.complete(family, mesh, frozen)
+    return Parts(found, family, mesh, params, frozen, open_guide(request, family, mesh))
+
+
+def open_generator(request: Request, parts: Parts | None = None, sampler=None) -> Generator:
     """Load the network (and its guide) of a request and make its sampler.
+
+    Args:
+      parts: of `load_parts`, where several generators share their networks. sampler: of another generator of them
+        that differs in the weight of its guidance only, and is compiled already.
 
     Raises:
       UserError: what cannot be loaded or sampled.
     """
-    found = load.find(request.checkpoint)
-    family = request.family(found)
-    settings = load.settings_of(found, family, request.sampler)
-    mesh = sharding.make_mesh(1)
-    params, frozen = load.parameters(found, family, mesh)
-    frozen = load.complete(family, mesh, frozen)
-    guide, streams = open_guide(request, family, mesh), None
+    parts = parts or load_parts(request)
+    family, guide, streams = parts.family, parts.guide, None
+    own = {"cfg": request.guidance} if family.own_guidance and request.guidance is not None else {}
+    settings = load.settings_of(parts.found, family, request.sampler | own)
     if request.rng == "torch-cpu":
 
         def streams(seeds):
             latents, _, normals = edm_streams(seeds, noise_shape(family), family.num_classes, settings.num_steps)
             return latents, normals
 
-    sampler = score.make_sampler(family, settings, mesh, request.batch, streams, guide=guide)
-    guidance = None
-    if guide is not None:
-        guidance = {"weight": guide.weight, "guide": request.guide, "weights": weights_digest(guide.params)}
+    if sampler is None:
+        sampler = score.make_sampler(family, settings, parts.mesh, request.batch, streams, guide=guide)
+    if family.own_guidance:
+        weight = settings.cfg or None
+        guidance = weight and {"cfg": weight, "rule": "t = cfg s / (S - 1) at scale s; 0 is none"}
+    else:
+        weight = None if guide is None else request.guidance
+        guidance = weight and {"weight": weight, "guide": request.guide, "weights": weights_digest(guide.params)}
     protocol = {
         "checkpoint": request.checkpoint,
-        "weights": weights_digest(params),
+        "weights": weights_digest(parts.params),
         "sampler": {"solver": settings.solver, **settings._asdict()},
         "nfe": family.nfe(settings) * (1 if guide is None else 2),
         "guidance": guidance,
@@ -170,7 +211,33 @@ def open_generator(request: Request) -> Generator:
         "dtype": request.dtype,
         "precision": request.precision,
     }
-    return Generator(family, settings, params, frozen, sampler, protocol)
+    guided = functools.partial(sampler, weight=weight)
+    return Generator(family, settings, parts.params, parts.frozen, guided, protocol)
+
+
+def sweep(request: Request, key: str, values: list):
+    """(value, generator) for every value of a sampler setting, or of "guidance": the strengths share one program.
+
+    Raises:
+      UserError: as `open_generator`; a value that this sampler does not take.
+    """
+    parts, shared, made = load_parts(request._replace(guidance=None, guide=None)), None, []
+    if request.guide is not None:
+        parts = parts._replace(guide=open_guide(request._replace(guidance=2.0), parts.family, parts.mesh))
+    none = 0 if parts.family.own_guidance else 1
+    for value in values:
+        if key == "guidance":
+            asked = request._replace(guidance=value)
+        else:
+            asked = request._replace(sampler=request.sampler | {key: value})
+        if key == "guidance" and value != none and not parts.family.own_guidance and parts.guide is None:
+            raise UserError(f"--sweep: guidance={value:g} needs --guide=WHAT, a second network")
+        guided = key == "guidance" and value != none
+        model = open_generator(asked, parts, shared if guided else None)
+        if guided:
+            shared = model.sampler.func
+        made.append((value, model))
+    return made
 
 
 def noise_shape(family) -> tuple[int, ...]:
@@ -233,13 +300,15 @@ def same_request(request: Request, out: epath.Path) -> None:
     """
     wanted = {k: v for k, v in request._asdict().items() if k not in ("seeds", "batch")}
     wanted["weights"] = load.fingerprint(request.checkpoint)
+    if request.guidance is None and not load.family_of(load.find(request.checkpoint)).own_guidance:
+        wanted["guidance"] = 1.0  # none
     if request.guide is not None:
         wanted["guide_weights"] = load.fingerprint(request.guide)
     if request.labels == "balanced":  # labels go by the position in the list of seeds
         wanted["first_seed"] = int(request.seeds[0])
     have = files.read_json(out / "request.json")
     if have is not None:  # what an older version did not ask for had the value that is now the default
-        have = {k: v for k, v in Request._field_defaults.items() if k in wanted} | have
+        have = {k: v for k, v in Request._field_defaults.items() if k in wanted} | {"guidance": 1.0} | have
     if have is not None and have != wanted:
         changed = [f"{k}: {have.get(k)} -> {wanted.get(k)}" for k in {**have, **wanted} if have.get(k) != wanted.get(k)]
         raise UserError(f"--out: {out} was made with another request ({'; '.join(changed)}); take another folder")

@@ -14,7 +14,6 @@ from ddo_jax.convert import safetensors, vqvae
 from ddo_jax.convert.read import Released
 from ddo_jax.errors import UserError
 from ddo_jax.families import from_released, get_family
-from ddo_jax.families.var import released_arguments
 from ddo_jax.models.vqvae import KEYS, from_config
 from ddo_jax.run import step
 from ddo_jax.run.config import base
