@@ -4,10 +4,12 @@ Every finished unit of a run is published by a file written last. On a local fil
 temporary file and an atomic rename; object stores (gs://) create an object at once or not at all.
 """
 
+import contextlib
 import json
 import os
 import uuid
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -17,18 +19,32 @@ def _temporary(path: epath.Path) -> epath.Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
+@contextlib.contextmanager
+def writing(path: epath.PathLike) -> Iterator[BinaryIO]:
+    """A local file to be written bit by bit, for what does not fit into memory: renamed to `path` at the end.
+
+    After an exception there is neither the new file nor a temporary one.
+    """
+    path = epath.Path(path)
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Write `data` so that a reader sees either the old file or the new one, also after kill -9."""
     path = epath.Path(path)
     if "://" in os.fspath(path):
         path.write_bytes(data)
         return
-    temporary = _temporary(path)
-    with open(temporary, "wb") as f:
+    with writing(path) as f:
         f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:

@@ -1,10 +1,11 @@
 """`python -m ddo_jax.convert SRC DST [--dry_run] [--force]`: a released checkpoint in, a checked one out.
 
 SRC is a file, a known name, hf://..., gs:// or https://; nothing of it is executed. DST ends in .safetensors (released
-names, for the original programs and for `read`) or .npz (config, param/<name>). Every parameter is listed with shape,
-dtype and whether our network has it; anything missing, unknown or of another shape is a refusal. What is written went
-through our layout and back and equals SRC byte for byte, dtypes included (EDM2's float16); only the attention of old
-SD-VAE files gets today's names. Exit codes: 0 done, 2 something the user can mend.
+names, for the original programs and for `read`), .pth (the same for torch.load: a bare state dict, so that neither kind
+nor config is recorded) or .npz (config, param/<name>). Every parameter is listed with shape, dtype and whether our
+network has it; anything missing, unknown or of another shape is a refusal. What is written went through our layout and
+back and equals SRC byte for byte, dtypes included (EDM2's float16; bfloat16 only in a .pth, elsewhere it is widened);
+only the attention of old SD-VAE files gets today's names. Exit codes: 0 done, 2 something the user can mend.
 """
 
 import argparse
@@ -17,11 +18,12 @@ import sys
 import numpy as np
 
 from ddo_jax import convert, files
-from ddo_jax.convert import names, safetensors
+from ddo_jax.convert import names, safetensors, torch_write
 from ddo_jax.convert.inert import UnsafeOrDamaged
 from ddo_jax.convert.read import CONFIG_KEY, ENCODER_KEY, KIND_KEY, Released, count, read, same_bytes
 from ddo_jax.errors import UserError
 
+SUFFIXES, ALLOWED = (".safetensors", ".pth", ".npz"), ".safetensors, .pth or .npz"
 BUFFERS = (".freqs", ".phases", ".resample_filter")  # how the names of constants end: EDM, EDM2
 BUFFERS += ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")  # VAR and its tokenizer
 
@@ -34,20 +36,20 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv):
     parser = _Parser("python -m ddo_jax.convert", description=__doc__.split("\n\n")[1])
     parser.add_argument("src", metavar="SRC", help="file, known name or URL")
-    parser.add_argument("dst", metavar="DST", nargs="?", help="output: .safetensors or .npz; not needed with --dry_run")
+    parser.add_argument("dst", metavar="DST", nargs="?", help=f"output: {ALLOWED}; not needed with --dry_run")
     parser.add_argument("--dry_run", action="store_true", help="print the table and stop")
     parser.add_argument("--force", action="store_true", help="replace DST if it exists")
     args = parser.parse_args(argv)
     if args.dst is None and not args.dry_run:
-        raise UserError("DST is missing; give a .safetensors or .npz file, or --dry_run")
+        raise UserError(f"DST is missing; give a {ALLOWED} file, or --dry_run")
     return args
 
 
 def check_destination(dst: str, force: bool):
     """Before any work: a format we write, in a place where nothing is lost."""
-    if os.path.isdir(dst) or not dst.endswith((".safetensors", ".npz")):
+    if os.path.isdir(dst) or not dst.endswith(SUFFIXES):
         # Our own checkpoint directory is written here once the run package offers a function for it.
-        raise UserError(f"{dst}: cannot be written; DST must be a file ending in .safetensors or .npz")
+        raise UserError(f"{dst}: cannot be written; DST must be a file ending in {ALLOWED}")
     if os.path.exists(dst) and not force:
         raise UserError(f"{dst}: exists; choose another name or pass --force to replace it")
     if not os.path.isdir(os.path.dirname(dst) or "."):
@@ -101,8 +103,6 @@ def convert_checked(released: Released) -> dict:
         raise UserError("a resample_filter differs in its last bits from the one of the configuration")
     buffers = sum(name.endswith(BUFFERS) for name in state)
     print(f"kind {released.kind}; {len(state) - buffers} parameter tensors, {buffers} buffers, {count(state):,} values")
-    if wide := sum(dtype == "bfloat16" for dtype in released.extras["dtypes"].values()):
-        print(f"{wide} bfloat16 tensors are widened to float32, without loss")
     print(f"config {json.dumps(released.config)}")
     if assumed := released.extras.get("assumed"):
         print(f"the file does not record, and no shape shows: {json.dumps(assumed)} (assumed)")
@@ -141,13 +141,32 @@ def metadata(released: Released) -> dict:
     return kept | {"format": "pt", KIND_KEY: released.kind, CONFIG_KEY: json.dumps(released.config)}
 
 
-def encode(dst: str, released: Released, state: dict) -> bytes:
-    """The bytes of DST."""
-    if dst.endswith(".npz"):
-        buffer, arrays = io.BytesIO(), {f"param/{k}": v for k, v in state.items()}
-        np.savez(buffer, config=json.dumps(released.config), kind=released.kind, **arrays)
-        return buffer.getvalue()
-    return safetensors.dumps(state, metadata(released))
+def describe(released: Released, dst: str | None):
+    """Prints how DST differs from SRC besides its format."""
+    torch = dst is not None and dst.endswith(".pth")
+    if wide := sum(dtype == "bfloat16" for dtype in released.extras["dtypes"].values()):
+        print(f"{wide} bfloat16 tensors {'stay so' if torch else 'are widened to float32, without loss'}")
+    if torch:
+        print("a .pth holds the parameters alone: kind and config are not recorded, nor an encoder's constants")
+
+
+def save(dst: str, released: Released, state: dict):
+    """Write DST, whole or not at all.
+
+    Raises:
+      UserError: the disk is full, or the like.
+    """
+    try:
+        if dst.endswith(".pth"):
+            torch_write.write(dst, state, released.extras["dtypes"])
+        elif dst.endswith(".npz"):
+            buffer, arrays = io.BytesIO(), {f"param/{k}": v for k, v in state.items()}
+            np.savez(buffer, config=json.dumps(released.config), kind=released.kind, **arrays)
+            files.write_bytes(dst, buffer.getvalue())
+        else:
+            files.write_bytes(dst, safetensors.dumps(state, metadata(released)))
+    except OSError as e:
+        raise UserError(f"{dst}: cannot be written ({e.strerror})") from None
 
 
 def run(argv):
@@ -157,8 +176,9 @@ def run(argv):
     source = read(names.resolve(args.src))
     released = with_todays_names(source)
     state = convert_checked(released)
+    describe(released, args.dst)
     if not args.dry_run:
-        files.write_bytes(args.dst, encode(args.dst, released, state))
+        save(args.dst, released, state)
         same = shapes(released) == shapes(source)
         print(f"wrote {args.dst}, equal to the source {'byte for byte' if same else 'but for the names it had'}")
 

@@ -26,6 +26,9 @@ PROBE_SECONDS = 14
 _EDM = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
 _EDM2 = "https://nvlabs-fi-cdn.nvidia.com/edm2/"
 _DDO = "hf://nvidia/DirectDiscriminativeOptimization/"  # specs/ddo.md section 5
+# The file names of VAR and its tokenizer are those of specs/var.md section 6.1, the repository is from memory and not
+# verified here. Of CCA's files we know no address: by path only.
+_VAR = "hf://FoundationVision/var/"
 
 _EDM_FILES = [
     *(f"edm-cifar10-32x32-{labels}-{net}" for labels in ("cond", "uncond") for net in ("vp", "ve")),
@@ -72,6 +75,8 @@ SOURCES = {
     "edm-cifar10-cond-vp-ddo": f"{_DDO}edm-cifar10-cond-vp-ddo.pkl",
     "edm2-img64-s-ddo": f"{_DDO}edm2-img64-s-ddo.pkl",
     "edm2-img512-l-ddo": f"{_DDO}edm2-img512-l-ddo.pkl",
+    **{f"var-d{depth}": f"{_VAR}var_d{depth}.pth" for depth in (16, 20, 24, 30, 36)},
+    "var-vae": f"{_VAR}vae_ch160v4096z32.pth",
     "var-d16-ddo": f"{_DDO}var_d16-ddo.pth",
     "var-d30-ddo": f"{_DDO}var_d30-ddo.pth",
     "sd-vae-ft-mse": "hf://stabilityai/sd-vae-ft-mse/diffusion_pytorch_model.safetensors",  # specs/edm2.md section 13

@@ -13,6 +13,7 @@ import pytest
 from ddo_jax.convert import names
 from ddo_jax.errors import UserError
 from ddo_jax.models.edm import RELEASED
+from ddo_jax.models.var import VAR_PRESETS
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,14 @@ def test_the_table_is_complete():
     ddo = {url.rsplit("/", 1)[1] for name, url in names.SOURCES.items() if name.endswith("-ddo")}
     edm = {"edm-cifar10-uncond-vp-ddo.pkl", "edm-cifar10-cond-vp-ddo.pkl"}
     assert ddo == edm | {"edm2-img64-s-ddo.pkl", "edm2-img512-l-ddo.pkl", "var_d16-ddo.pth", "var_d30-ddo.pth"}
+
+
+def test_var_networks():
+    """Every size that the code has, and the tokenizer of all of them (specs/var.md section 6.1)."""
+    seen = {name: url for name, url in names.SOURCES.items() if url.startswith("hf://FoundationVision/var/")}
+    files = {name: f"{name.replace('-', '_')}.pth" for name in VAR_PRESETS} | {"var-vae": "vae_ch160v4096z32.pth"}
+    assert seen == {name: f"hf://FoundationVision/var/{file}" for name, file in files.items()}
+    assert len(seen) == 6
 
 
 NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/edm2/"
@@ -92,6 +101,8 @@ def test_local_paths_and_the_cache_come_first(cache, tmp_path):
         "edm-cifar10-uncond-vp": "edm-cifar10-32x32-uncond-vp.pkl",
         "edm-cifar10-uncond-vp-ddo": "edm-cifar10-uncond-vp-ddo.pkl",
         "var-d16-ddo": "var_d16-ddo.pth",
+        "var-d36": "var_d36.pth",
+        "var-vae": "vae_ch160v4096z32.pth",
         "edm2-img64-s": "edm2-img64-s-1073741-0.075.pkl",
         "edm2-img512-ref": "img512.pkl",
         "https://example.org/a/b.pkl": "example.org%2Fa%2Fb.pkl",
@@ -106,6 +117,7 @@ def test_offline_says_what_and_where(cache):
     where = f"or put the file at {cache / 'edm-cifar10-32x32-cond-vp.pkl'}, "
     assert seen.endswith(f"{where}or give the path of your own copy instead of edm-cifar10-cond-vp")
     assert str(cache / "edm2-img64-s-ddo.pkl") in error("edm2-img64-s-ddo")
+    assert error("var-d30").startswith("var-d30 (hf://FoundationVision/var/var_d30.pth): ")
     assert "HF_HUB_OFFLINE is set" in error("gs://bucket/x.pkl")
     assert "owner/repository/file" in error("hf://owner/repository")
 
@@ -113,6 +125,7 @@ def test_offline_says_what_and_where(cache):
 def test_unknown_names():
     assert "edm-cifar10-uncond-vp-ddo" in error("edm-cifar10-uncond-vp-dod")
     assert "edm2-img64-s-1073741-0.075" in error("edm2-img64-s-1073741-0.085")
+    assert "var-d16-ddo" in error("var-d16-cca") and "var-vae" in error("var_vae")
     assert "edm2-img64-s; README lists them" in error("xyzzy")
     assert "s3:// is not supported; allowed: hf://, gs://, https://" in error("s3://bucket/x")
     assert "http:// is not supported" in error("http://example.org/x")

@@ -121,6 +121,8 @@ def test_torch_files_of_other_shapes(tmp_path):
     released = read(write(tmp_path, nested))
     assert_same(released.state_dict, state)
     assert released.extras["top_level"] == ["epoch", "trainer"]
+    cca = build.torch_zip(state | other, nest=lambda v: {"epoch": 3, "args": {"lr": 1e-5}, "trainer": v})
+    assert_same(read(write(tmp_path, cca)).state_dict, state | other)
     big = read(write(tmp_path, build.torch_zip(state, byteorder="big", top="a" * 100)))
     assert_same(big.state_dict, state)
 
@@ -229,7 +231,7 @@ def test_command_refusals(tmp_path, capsys):
     src = write(tmp_path, build.nvidia(config, state))
     for args, message in [
         ([str(src)], "DST is missing"),
-        ([str(src), str(tmp_path)], "must be a file ending in .safetensors or .npz"),
+        ([str(src), str(tmp_path)], "must be a file ending in .safetensors, .pth or .npz"),
         ([str(src), str(tmp_path / "no" / "x.npz")], "its folder does not exist"),
         ([str(tmp_path / "absent"), "x.npz"], "no such file and no known name"),
         ([str(src), "x.npz", "--fast"], "unrecognized arguments: --fast"),
