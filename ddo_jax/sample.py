@@ -34,8 +34,8 @@ def add_sampler_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--guidance",
         type=float,
-        help="with --guide: D_guide + guidance (D - D_guide), 1 is none. VAR, which guides itself: t = guidance s/(S-1)\n"
-        "at scale s, 0 is none (default: none; of a VAR run its config's)",
+        help="with --guide: D_guide + guidance (D - D_guide), 1 is none.\nVAR, which guides itself: t = guidance "
+        "s/(S-1) at scale s, 0 is none (default: none; of a VAR run its config's)",
     )
     p.add_argument("--top_k", type=int, help="VAR: keep the k likeliest codes; 0: all (default: the checkpoint's own)")
     p.add_argument("--top_p", type=float, help="VAR: keep the likeliest codes of this total probability; 0: all")
@@ -65,7 +65,8 @@ def request(args, seeds):
         raise UserError(f"--batch: {args.batch}; allowed: at least 1")
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise UserError(f"--guidance: {args.guidance}; allowed: a finite number")
-    if args.guide is not None and args.guidance in (None, 1):
+    swept = (getattr(args, "sweep", None) or "").startswith("guidance=")
+    if args.guide is not None and args.guidance in (None, 1) and not swept:
         raise UserError(
             f"--guide={args.guide} with --guidance={args.guidance}: set --guidance=1.4 or another weight, too"
         )

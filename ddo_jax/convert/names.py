@@ -82,6 +82,9 @@ SOURCES = {
     "sd-vae-ft-mse": "hf://stabilityai/sd-vae-ft-mse/diffusion_pytorch_model.safetensors",  # specs/edm2.md section 13
     # Statistics of ImageNet's training set, Inception and DINOv2 (specs/edm2.md section 17)
     **{f"edm2-{data}-ref": f"{_EDM2}dataset-refs/{data}.pkl" for data in ("img64", "img512")},
+    # OpenAI's reference batch, with the statistics of ImageNet's training set (specs/var.md section 7.1)
+    "imagenet256-ref": "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
+    "VIRTUAL_imagenet256_labeled.npz",
     # Feature networks of the metrics (specs/metrics.md sections 4.1, 6); addresses from memory, not verified here.
     "inception-2015-12-05": "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth",

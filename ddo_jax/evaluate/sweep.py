@@ -43,10 +43,13 @@ def table(key: str, rows: dict) -> str:
          1.5    3*   40*
     """
     names = list(dict.fromkeys(name for values in rows.values() for name in values))
-    best = {name: (max if _higher(name) else min)(values[name] for values in rows.values()) for name in names}
+    best = {}
+    for name in (n for n in names if not _spread(n)):
+        column = [numbers[name] for numbers in rows.values()]
+        best[name] = (max if _higher(name) else min)(column) if len(set(column)) > 1 else None
     lines = [[key, *names]]
     for value, numbers in rows.items():
-        lines.append([f"{value:g}", *(f"{numbers[n]:.5g}{'*' * (numbers[n] == best[n])}" for n in names)])
+        lines.append([f"{value:g}", *(f"{numbers[n]:.5g}{'*' * (numbers[n] == best.get(n))}" for n in names)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     widths[1:] = [max(width, 4) for width in widths[1:]]
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)

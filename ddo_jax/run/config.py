@@ -67,6 +67,7 @@ def _evaluation() -> dict:
         batch=512,  # sampled at a time, over all devices; images do not depend on it
         dtype="float32",  # float32 | bfloat16 | float16: of the image path when sampling; never of the ratio
         report_seeds=3,  # the report scores this many fresh seed ranges
+        also=(),  # other sampler settings that the report scores: ({"cfg": 1.0}, {"top_k": 900, "top_p": 0.96})
         grid=100,  # images of the before/after picture
     )
 
@@ -276,6 +277,12 @@ def _check_family(config, dtypes) -> None:
     _require(config.dtype in dtypes, "dtype", config.dtype, ", ".join(dtypes))
 
 
+def _check_also(config) -> None:
+    for given in config.eval.also:
+        ok = isinstance(given, dict | ConfigDict) and len(given) and all(k in config.sampler for k in given)
+        _require(ok, "eval.also", given, f"dictionaries of sampler settings: {', '.join(config.sampler)}")
+
+
 def _check_p_std_from(pairs) -> None:
     allowed = "(round, P_std) with rounds from 1 on in rising order and P_std above 0, as in ((17, 3.0),)"
     last = 0
@@ -319,6 +326,7 @@ def validate(config, devices: int) -> None:
         _check_phase(config, phase)
     _check_grids(config)
     _check_p_std_from(config.ddo.p_std_from)
+    _check_also(config)
     _require(0 <= config.seed < 2**31, "seed", config.seed, "0 or more, below 2^31")
     _require(config.lease_s >= 10, "lease_s", config.lease_s, "at least 10")
     _require(2 <= config.model.levels <= 256, "model.levels", config.model.levels, "2 to 256")

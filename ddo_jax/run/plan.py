@@ -60,6 +60,7 @@ def plan(config: ConfigDict, workdir: str, images_per_s: list[str] | None = None
     images = found["data"][1]
     params, frozen = memory.abstract(family)
     flops, nfe = forward_flops(family, params, frozen), family.nfe(settings)
+    each = family.passes(settings)  # forward passes that an image costs: cached keys make VAR's ten steps one
     step = passes(config, "ddo") * flops * config.ddo.batch
     sections = [
         "config",
@@ -70,12 +71,12 @@ def plan(config: ConfigDict, workdir: str, images_per_s: list[str] | None = None
         "memory",
         _indent(_memory(config, len(devices), params)),
         f"forward      {human(flops, 'FLOP')} per image; a DDO step {human(step, 'FLOP')}, "
-        f"an image sampled {human(nfe * flops, 'FLOP')} ({nfe} NFE)",
+        f"an image sampled {human(each * flops, 'FLOP')} ({nfe} NFE)",
         *(f"{name:<12} {text}" for name, (text, _) in found.items()),
         "plan",
         _indent(_phases(config, images)),
         "cost",
-        _indent(_costs(config, work(config, images), flops, nfe, rates)),
+        _indent(_costs(config, work(config, images), flops, each, rates)),
         f"disk         {human(_disk(config, family, params, images), 'B')} at most at a time in the workdir",
     ]
     return "\n".join(sections)
@@ -125,7 +126,7 @@ def at_hand(config, family) -> dict[str, tuple[str, int]]:
 
     wanted = {"data": data, "scores": scores}
     wanted |= {"references": references} if config.eval.reference else {}
-    wanted |= {"autoencoder": autoencoder} if len(family.record_shapes) > 1 else {}
+    wanted |= {"tokenizer" if family.version else "autoencoder": autoencoder} if len(family.record_shapes) > 1 else {}
     wanted |= {"start": start} if config.init != "scratch" else {}
     found = {}
     for name, look in wanted.items():
@@ -201,9 +202,13 @@ def _phases(config, examples: int) -> list[str]:
     c, grid, steps = config.ddo, _candidates(config, "ddo"), _total(config, "ddo", examples)
     if c.rounds:
         evaluations = 1 + grid * _times(config, "ddo", examples, "eval_every")
+        fakes = {"mle": "", "cca": f" + {c.batch} (the same under wrong labels)"}.get(config.objective, f" + {c.batch}")
+        made = f"{c.pool} fakes, then " if c.pool and config.objective == "ddo" else ""
+        if not c.pool and config.objective == "ddo":
+            fakes += " (made by the reference as training goes)"
         lines.append(
-            f"{c.rounds} rounds     {c.pool} fakes, then {grid} candidates of {steps} steps of "
-            f"{c.batch} + {c.batch} images; {evaluations} evaluations of {_judged(config)} images"
+            f"{c.rounds} rounds     {made}{grid} candidates of {steps} steps of "
+            f"{c.batch}{fakes} images; {evaluations} evaluations of {_judged(config)} images"
         )
     if config.control.enabled and c.rounds:
         steps = _total(config, "control", examples)
@@ -219,7 +224,8 @@ def _judged(config) -> int:
 
 def passes(config, section: str) -> int:
     """Forward passes that a real image costs in training, and what it brings along (see `work`)."""
-    return PASSES[section] + config.remat * (2 if section == "ddo" else 1)
+    pairs = section == "ddo" and config.objective != "mle"
+    return PASSES["ddo" if pairs else "control"] + config.remat * (2 if pairs else 1)
 
 
 class Work(NamedTuple):
@@ -235,27 +241,32 @@ def work(config, examples: int) -> list[Work]:
     """The parts of a run in order; a round once.
 
     A backward pass costs two forward passes. DDO trains on a real image and a fake with the target, and evaluates
-    the reference on both: 2 (1 + 2) + 2 = 8; MLE takes 3; with remat every trained image takes one more.
+    the reference on both: 2 (1 + 2) + 2 = 8; MLE takes 3; with remat every trained image takes one more. What the
+    reference said of tokens is kept, so that examples which return cost 6. Tokenising is not in it.
     """
     parts = []
     for section in PASSES:
         if grid := _candidates(config, section):
             evaluations = grid * _times(config, section, examples, "eval_every")
             sampled = _judged(config) * evaluations
-            if section == "ddo":
-                sampled += _judged(config) + config.ddo.pool
             trained = grid * _total(config, section, examples) * config[section].batch
+            if section == "ddo":
+                sampled += _judged(config)
+                sampled += (config.ddo.pool or trained // grid) if config.objective == "ddo" else 0
             name = EACH_ROUND if section == "ddo" else section
             parts.append(Work(name, trained, passes(config, section), sampled))
-    systems = 1 + bool(config.ddo.rounds) + bool(_candidates(config, "control"))
+    systems = (1 + bool(config.ddo.rounds) + bool(_candidates(config, "control"))) * (1 + len(config.eval.also))
     return [*parts, Work("report", 0, 0, systems * config.eval.report_seeds * config.eval.num)]
 
 
-def _costs(config, parts: list[Work], flops: float, nfe: int, rates: tuple[float, ...]) -> list[str]:
-    """A line for every part, and for all of them: images, PFLOP and, at `rates` (see `throughput`), hours."""
+def _costs(config, parts: list[Work], flops: float, each: int, rates: tuple[float, ...]) -> list[str]:
+    """A line for every part, and for all of them: images, PFLOP and, at `rates` (see `throughput`), hours.
+
+    each: forward passes of an image sampled.
+    """
     rounds, ddo = config.ddo.rounds, passes(config, "ddo")
     train = rates[0] if rates else math.nan
-    sample = rates[1] if len(rates) > 1 else train * ddo / nfe  # at the same FLOP/s
+    sample = rates[1] if len(rates) > 1 else train * ddo / each  # at the same FLOP/s
 
     def line(name, real, sampled, pflop, hours):
         return f"{name:<14} {real:>14} {sampled:>14} {pflop:>14}" + (f" {hours:>10}" if rates else "")
@@ -264,7 +275,7 @@ def _costs(config, parts: list[Work], flops: float, nfe: int, rates: tuple[float
         trained, sampled = (times * sum(getattr(p, key) for p in some) for key in ("trained", "sampled"))
         forwards = times * sum(p.trained * p.passes for p in some)
         hours = (forwards / ddo / train + sampled / sample) / 3600
-        pflop = (forwards + nfe * sampled) * flops / 1e15
+        pflop = (forwards + each * sampled) * flops / 1e15
         return line(name, f"{trained:,}", f"{sampled:,}", f"{pflop:,.4g}", f"{hours:,.4g}")
 
     lines = [line("", "real images", "sampled", "PFLOP", "hours")]
@@ -294,7 +305,9 @@ def _disk(config, family, params, examples: int) -> float:
 
 
 def _pool(config, family) -> int:
-    """Bytes of a round's fakes: pixels, or latents in float32."""
-    if len(family.record_shapes) == 1:
-        return config.ddo.pool * int(np.prod(family.image_shape))
-    return config.ddo.pool * 4 * int(np.prod(family.record_shapes[-1])) // 2  # records of data: mean and deviation
+    """Bytes of a round's fakes: pixels, latents in float32 (records of data have mean and deviation), or tokens."""
+    if config.objective != "ddo":
+        return 0
+    shape = family.record_shapes[-1]
+    latents = len(shape) == 3 and shape != family.image_shape
+    return config.ddo.pool * int(np.prod(shape)) * family.record_dtype(shape).itemsize // (2 if latents else 1)

@@ -64,9 +64,9 @@ def versions() -> dict[str, str]:
     return {"commit": commit, **packages, "device": jax.devices()[0].device_kind}
 
 
-def make_evaluator(config, workdir, family, frozen, sampler, settings, train):
-    """evaluate(params, phase, step, purpose, index) -> (record of one scored set with its whole protocol,
-    its first `config.eval.grid` images)."""
+def make_evaluator(config, workdir, family, frozen, samplers, train):
+    """evaluate(params, phase, step, purpose, index, how=0) -> (record of one scored set with its whole protocol,
+    its first `config.eval.grid` images). samplers: [(settings, sampler)]; how: which of them."""
     network = features.get_features(config.eval.network, train, workdir, config.eval.weights)
     if config.eval.network != "digits" and config.model.levels != 256:
 
@@ -81,9 +81,6 @@ def make_evaluator(config, workdir, family, frozen, sampler, settings, train):
     numbers = {"report": config.eval.num, "select": config.eval.select_num or config.eval.num}
     protocol = {
         "labels": "balanced by position" if family.num_classes else "none",
-        "sampler": {"solver": settings.solver, **settings._asdict()},
-        "nfe": family.nfe(settings),
-        "guidance": None,
         "ema": {section: ema_length(config[section]) for section in ("pretrain", "ddo")},
         "quantised_to": f"{config.model.levels} levels",
         "features": f"{network.name} {network.digest}",
@@ -93,8 +90,8 @@ def make_evaluator(config, workdir, family, frozen, sampler, settings, train):
         **versions(),
     }
 
-    def evaluate(params, phase: str, at: int, purpose: str, index: int) -> tuple[dict, np.ndarray]:
-        num = numbers[purpose]
+    def evaluate(params, phase: str, at: int, purpose: str, index: int, how: int = 0) -> tuple[dict, np.ndarray]:
+        num, (settings, sampler) = numbers[purpose], samplers[how]
         seeds = score.seed_range(purpose, index, num)
         labels = score.balanced(seeds, family.num_classes)
         records = sampler(params, frozen, seeds, labels)
@@ -102,6 +99,8 @@ def make_evaluator(config, workdir, family, frozen, sampler, settings, train):
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         drawn = {"purpose": purpose, "n_samples": num, "seeds": [int(seeds[0]), int(seeds[-1])], "time": now}
         made = {**drawn, "weights": checkpoint.weights_digest(params), **protocol}
+        made |= {"sampler": {"solver": settings.solver, **settings._asdict()}, "nfe": family.nfe(settings)}
+        made["guidance"] = getattr(settings, "cfg", 0.0) or None
         return {"phase": phase, "step": at, "metric": network.named(num), **values, "protocol": made}, images
 
     return evaluate, network.named(numbers["select"])
@@ -178,6 +177,8 @@ def check_network(config):
     if config.objective not in family.objectives:
         allowed = f"{', '.join(family.objectives)}, of family {family.name}"
         raise UserError(f"config.objective: {config.objective!r}; allowed: {allowed}")
+    for given in config.eval.also:
+        family.settings({**config.sampler, **given})
     return family, family.settings(config.sampler), sharding.make_mesh(config.mesh.fsdp)
 
 
@@ -266,7 +267,11 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.
         how = family.fake_settings(settings)
         fakes = score.make_sampler(family, how, mesh, config.eval.batch, output="records")
     train, tokens = tokenised(config, family, frozen, mesh, data)
-    evaluate, metric = make_evaluator(config, workdir, family, frozen, sampler, settings, data)
+    samplers = [(settings, sampler)]
+    for given in config.eval.also:
+        how = family.settings({**config.sampler, **given})
+        samplers.append((how, score.make_sampler(family, how, mesh, config.eval.batch)))
+    evaluate, metric = make_evaluator(config, workdir, family, frozen, samplers, data)
     tools = loop.Tools(
         family=family,
         frozen=frozen,

@@ -14,6 +14,18 @@ from ddo_jax.run import plots
 NAMES = {"start": "start (pretrained)", "ddo": "after DDO", "control": "control (continued MLE)"}
 
 
+UNDER = " | "  # between a system and the sampler settings it is scored under, where they are not the run's own
+
+
+def shown(system: str) -> str:
+    """
+    >>> shown("ddo"), shown("ddo | cfg 1")
+    ('after DDO', 'after DDO, cfg 1')
+    """
+    name, _, settings = system.partition(UNDER)
+    return NAMES.get(name, name) + (f", {settings}" if settings else "")
+
+
 def mean_and_spread(values: list[float]) -> str:
     """
     >>> mean_and_spread([5.0, 5.5, 6.0]), mean_and_spread([0.25])
@@ -42,7 +54,7 @@ def score_table(scores: dict[str, dict]) -> str:
     for system, s in scores.items():
         cells = [mean_and_spread([e[k] for e in s["evals"]]) if k in s["evals"][0] else "" for k in keys]
         nearest = [f"{s['nearest']:.3f}" if "nearest" in s else ""] * _compared(scores)
-        rows.append([NAMES.get(system, system), *cells, *nearest])
+        rows.append([shown(system), *cells, *nearest])
     return table(["", *keys, *["nearest training image"] * _compared(scores)], rows)
 
 
@@ -58,7 +70,7 @@ def protocol_table(scores: dict[str, dict], rounds: list[dict]) -> str:
         for e in s["evals"]:
             if "protocol" in e:
                 p = e["protocol"]
-                rows.append([NAMES.get(system, system), e["phase"], e["step"], p["n_samples"], _seeds(p), p["weights"]])
+                rows.append([shown(system), e["phase"], e["step"], p["n_samples"], _seeds(p), p["weights"]])
     for r in rounds:
         p = r["protocol"]
         rows.append([f"selected in round {r['round']}", r["phase"], r["step"], p["n_samples"], _seeds(p), p["weights"]])

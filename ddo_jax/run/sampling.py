@@ -292,8 +292,8 @@ def encode(image: np.ndarray, levels: int) -> bytes:
     return buffer.getvalue()
 
 
-def same_request(request: Request, out: epath.Path) -> None:
-    """Keep what a folder was made with; a folder does not mix models, settings or label rules.
+def same_request(request: Request, out: epath.Path) -> dict:
+    """What a folder is made with, to be kept in it; a folder does not mix models, settings or label rules.
 
     Raises:
       UserError: the folder was made with another request (the difference is shown).
@@ -312,14 +312,15 @@ def same_request(request: Request, out: epath.Path) -> None:
     if have is not None and have != wanted:
         changed = [f"{k}: {have.get(k)} -> {wanted.get(k)}" for k in {**have, **wanted} if have.get(k) != wanted.get(k)]
         raise UserError(f"--out: {out} was made with another request ({'; '.join(changed)}); take another folder")
-    if have is None and jax.process_index() == 0:
-        files.write_json(out / "request.json", wanted)
+    return wanted
 
 
 def to_folder(request: Request, out: epath.Path, subdirs: bool) -> int:
     """Write PNGs named by seed; those that exist are kept. The number written."""
-    same_request(request, out)
+    wanted = same_request(request, out)
     pieces, levels = generate(request, skip=lambda seed: png_path(out, seed, subdirs).exists())
+    if jax.process_index() == 0:
+        files.write_json(out / "request.json", wanted)
     written = 0
     for seeds, _, images in tqdm(pieces, "batches", disable=None):
         if jax.process_index() == 0:

@@ -35,6 +35,7 @@ def run(config, workdir: epath.PathLike) -> epath.Path:
     if config.control.enabled and config.ddo.rounds:
         systems["control"], _ = rounds.control(setup, start)
     scores = {name: final_scores(setup, name, params) for name, params in systems.items()}
+    scores |= other_scores(setup, systems)
     scores |= held_out_scores(setup)
     publish_views(setup)
     publish_best(setup, ref)
@@ -48,11 +49,7 @@ def final_scores(setup: Setup, name: str, params) -> dict:
     c, tools = setup.config, setup.tools
 
     def run():
-        evals = []
-        for i in range(c.eval.report_seeds):
-            evals.append({"images": 0, **tools.evaluate(params, name, 0, "report", i)[0]})
-        text = report.mean_and_spread([e[e["metric"]] for e in evals])
-        tools.console.line(f"{report.NAMES[name]}: {evals[0]['metric']} {text}")
+        evals = report_evals(setup, name, params, 0)
         if tools.data.image_shape != tools.family.image_shape:  # latents: no images to compare with
             return {"evals": evals}
         images = samples(setup, params, min(c.eval.num, 1024))
@@ -61,6 +58,32 @@ def final_scores(setup: Setup, name: str, params) -> dict:
 
     (result,) = rounds.divide(setup, [search.Task(setup.workdir / "report" / "scores" / name, run)])
     return result
+
+
+def report_evals(setup: Setup, name: str, params, how: int) -> list[dict]:
+    """Evaluations of a system on the report's seed ranges; how: which sampler (see `prepare.make_evaluator`)."""
+    tools, evals = setup.tools, []
+    for i in range(setup.config.eval.report_seeds):
+        evals.append({"images": 0, **tools.evaluate(params, name, 0, "report", i, how)[0]})
+    text = report.mean_and_spread([e[e["metric"]] for e in evals])
+    tools.console.line(f"{report.shown(name)}: {evals[0]['metric']} {text}")
+    return evals
+
+
+def other_scores(setup: Setup, systems: dict) -> dict:
+    """The systems under the sampler settings of config.eval.also; they select nothing."""
+    tasks = {}
+    for how, given in enumerate(setup.config.eval.also, 1):
+        label = ", ".join(f"{k} {v:g}" for k, v in given.items())
+        for system, params in systems.items():
+            name = f"{system}{report.UNDER}{label}"
+
+            def run(name=name, params=params, how=how):
+                return {"evals": report_evals(setup, name, params, how)}
+
+            directory = setup.workdir / "report" / "scores" / f"{system}-{label.replace(', ', '-').replace(' ', '')}"
+            tasks[name] = search.Task(directory, run)
+    return dict(zip(tasks, rounds.divide(setup, list(tasks.values())), strict=True))
 
 
 def held_out_scores(setup: Setup) -> dict:
