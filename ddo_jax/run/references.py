@@ -51,11 +51,19 @@ class Kept:
 
     def __init__(self, num: int):
         self.values = np.full((num, 2), np.nan, np.float32)
+        self._pending = None
 
     def find(self, rows, versions) -> np.ndarray | None:
         """Scores [B], or None if one is unknown."""
+        if self._pending is not None:
+            where, scores = self._pending
+            self.values[where], self._pending = sharding.to_host(scores), None
         found = self.values[rows, versions]
         return None if np.isnan(found).any() else found
+
+    def keep(self, rows, versions, scores) -> None:
+        """Scores [B] on the devices: fetched at the next `find`, when the step that needs them is under way."""
+        self._pending = (rows, versions), scores
 
 
 class References:
@@ -69,7 +77,7 @@ class References:
     def __init__(self, programs: Programs, mesh, frozen, phase, key, kept: dict[str, Kept]):
         self.programs, self.mesh, self.frozen = programs, mesh, frozen
         self.phase, self.key, self.kept = phase, key, kept
-        self._block, self._versions, self._pending = None, None, []
+        self._block, self._versions = None, None
 
     def __call__(self, k: int, records: dict, rows: dict):
         """s_ref [B,2] of step k, on the devices: columns "real" and "fake".
@@ -81,10 +89,8 @@ class References:
         return jnp.stack(columns, axis=1)
 
     def _ask(self, k: int, name: str, record, rows):
-        kept = self.kept.get(name)
-        keeps = kept is not None and rows is not None
-        if keeps:
-            self._flush()
+        kept = None if rows is None else self.kept.get(name)
+        if kept is not None:
             versions = self._versions_of(k)
             known = kept.find(rows, versions)
             if known is not None:
@@ -93,14 +99,9 @@ class References:
                 return sharding.put_batch(self.mesh, known[own])
         noise = self.phase.hyper.noise
         s_ref = self.programs.score(self.phase.ref, self.frozen, record, self.key, k, noise)
-        if keeps:  # fetched at the next step: by then this one's update is under way
-            self._pending.append((kept, rows, versions, s_ref))
+        if kept is not None:
+            kept.keep(rows, versions, s_ref)
         return s_ref
-
-    def _flush(self) -> None:
-        for kept, rows, versions, s_ref in self._pending:
-            kept.values[rows, versions] = sharding.to_host(s_ref)
-        self._pending.clear()
 
     def _versions_of(self, k: int) -> np.ndarray:
         if self._block != k // BLOCK:

@@ -1,0 +1,255 @@
+"""A family with exact likelihoods in the harness: online fakes, the reference asked once, baselines, restarts."""
+
+import contextlib
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ddo_jax import convert, files, sharding
+from ddo_jax.convert import safetensors
+from ddo_jax.data.pipeline import batches
+from ddo_jax.models.vqvae import from_config
+from ddo_jax.run import config as configs
+from ddo_jax.run import fakes, loop, prepare, references, rounds, selfplay, state, step
+
+from .conftest import Quiet
+
+TOKENIZER = dict(vocab_size=12, z_channels=4, ch=8, ch_mult=[1, 1], num_res_blocks=1, patch_nums=[1, 4])
+TOKENIZER |= dict(in_channels=1, norm_groups=4)
+L = 17
+
+
+def tokens_config(vae):
+    c = configs.base()
+    c.name, c.family = "tokens", "var"
+    c.model.update(arch="VAR", img_resolution=8, img_channels=1, label_dim=10, levels=17)
+    with c.unlocked():
+        c.model.update(depth=1, embed_dim=16, num_heads=2, patch_nums=(1, 4), vocab_size=12, z_channels=4, vae=vae)
+        c.model.cond_drop_rate = 0.3
+    for phase in ("pretrain", "ddo", "control"):
+        c[phase].update(batch=16, ema_mimg=0.0, clip=2.0, weight_decay=0.05)
+    c.pretrain.length.steps = 2
+    c.ddo.update(rounds=1, alpha=(10.0,), beta=(0.1, 0.2), pool=0, lr=1e-3)
+    c.ddo.length.steps = 3
+    c.ddo.eval_every.steps = 3
+    c.eval.update(num=32, batch=16, report_seeds=1, grid=4)
+    c.log.update(every=1, tensorboard=False)
+    return c
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    module = from_config(TOKENIZER)
+    variables = jax.jit(module.init)(jax.random.key(1), np.zeros((1, 8, 8, 1), np.float32))
+    path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
+    metadata = {"ddo_jax_kind": "vqvae", "ddo_jax_config": json.dumps(TOKENIZER)}
+    path.write_bytes(safetensors.dumps(convert.to_torch("vqvae", TOKENIZER, variables), metadata))
+    return str(path)
+
+
+@pytest.fixture
+def config(vae):
+    return tokens_config(vae)
+
+
+@pytest.fixture(scope="session")
+def run(vae, fitted, tmp_path_factory):
+    """A prepared run; its programs are shared by all tests."""
+    workdir = tmp_path_factory.mktemp("tokens")
+    (workdir / "features-digits.npz").write_bytes(fitted[1].read_bytes())
+    return prepare.prepare(tokens_config(vae), workdir, Quiet())
+
+
+@pytest.fixture(scope="session")
+def start(run):
+    return jax.jit(run.tools.family.init)(jax.random.key(0))[0]
+
+
+def candidate(run, directory, ref, *, beta=0.1, pooled=False, config=None):
+    """A candidate of round 1 in `directory`, from `ref`."""
+    own = run._replace(workdir=run.workdir.__class__(directory), config=config or run.config)
+    pool = pooled and (lambda: rounds.pools.open_pool(own.workdir / "pool"))
+    shared = rounds.partners(own, ref, 0, pool, keep=True)
+    return rounds.phase(own, "ddo", "c", ref, objective="ddo", grid=(10.0, beta), seed=7, **shared)
+
+
+def steps_of(phase, tools, n):
+    """What the loop gives its first n steps."""
+    phase.directory.mkdir(exist_ok=True)
+    moving = loop._Loop(phase, tools, None, [], 0)
+    with contextlib.closing(moving.log):
+        stream = moving.data(sharding.replicate(tools.mesh, state.derive(phase.seed, "step")))
+        return [next(stream) for _ in range(n)]
+
+
+def test_small_sets_are_tokenised_once(run):
+    """Breaks if training does not read the tokens of its images, or tokenises them at every step."""
+    tools = run.tools
+    assert tools.tokens is None and tools.train.image_shape == (L,) and len(tools.train) == len(tools.data)
+    rows = np.array([0, 5, len(tools.data) - 1])
+    record = tools.data.read(rows)
+    tokens = tools.family.encode(tools.frozen, record, jax.random.key(0))["tokens"]
+    np.testing.assert_array_equal(tools.train.read(rows)["image"], tokens)
+    np.testing.assert_array_equal(tools.train.read(rows)["label"], record["label"])
+
+
+def test_mirrored_images_are_tokenised_as_they_come(run, config):
+    """Breaks if tokens of one view stand for both, or a likelihood of one is kept for the other."""
+    config.data.flip = True
+    tools = run.tools
+    train, tokens = prepare.tokenised(config, tools.family, tools.frozen, tools.mesh, tools.data)
+    assert train is tools.data and tokens is not None
+    record = tools.data.read(np.arange(16))
+    made = tokens(tools.frozen, sharding.put_batch(tools.mesh, record))
+    np.testing.assert_array_equal(made["image"], tools.train.read(np.arange(16))["image"])
+
+
+def test_the_reference_is_asked_once(run, start, tmp_path, monkeypatch):
+    """Breaks if a kept likelihood belongs to another row, label or drop, or is asked for again."""
+    phase, tools = candidate(run, tmp_path, start), run.tools
+    asked = []
+
+    def score(*args):
+        asked.append(args)
+        return tools.asks.score(*args)
+
+    counting = loop.dataclasses.replace(tools, asks=tools.asks._replace(score=score))
+    first = steps_of(phase, counting, 3)
+    assert len(asked) == 6
+    again = steps_of(phase, counting, 3)  # the next candidate of the round
+    assert len(asked) == 6
+    key = sharding.replicate(tools.mesh, state.derive(phase.seed, "step"))
+    for k, (one, two) in enumerate(zip(first, again, strict=True)):
+        np.testing.assert_allclose(one[2], two[2], rtol=1e-6)
+        draws = tools.family.draw(step.step_keys(key, k)[2], 16, (0.0, 1.0))
+        assert 0 < np.sum(draws["dropped"]) < 16
+        for column, record in enumerate(one[:2]):
+            examples = tools.family.encode(tools.frozen, record, key)
+            s = tools.family.score(start, tools.frozen, examples, draws)
+            np.testing.assert_allclose(one[2][:, column], s, rtol=1e-5, atol=1e-4)
+    filled = np.isfinite(phase.kept["fake"].values)
+    assert filled.sum() == 2 * 16 and (filled.sum(1) <= 1).all()
+
+
+def test_online_fakes(run, start, tmp_path):
+    """Breaks if fakes are not the reference's for the labels of the data, or differ after a restart."""
+    phase, tools = candidate(run, tmp_path, start), run.tools
+    whole = steps_of(phase, tools, 3)
+    for real, fake, _ in whole:
+        np.testing.assert_array_equal(real["label"], fake["label"])
+        assert fake["image"].shape == (16, L)
+    assert not np.array_equal(whole[0][1]["image"], whole[1][1]["image"])
+    seeds = 2 * 10**9 + np.arange(16, 32)
+    (alone,) = run.fakes(start, tools.frozen, seeds, np.asarray(whole[1][0]["label"]))
+    np.testing.assert_array_equal(alone["image"], whole[1][1]["image"])
+    fresh = candidate(run, tmp_path, start)
+    pair = fresh.fakes(1)  # resumed after one step
+    np.testing.assert_array_equal(pair(1, whole[1][0])[0]["image"], whole[1][1]["image"])
+
+
+def test_first_step_is_at_the_reference(run, start, tmp_path):
+    """Breaks if target and reference, which are two programs here, disagree on what they score."""
+    phase, tools = candidate(run, tmp_path, start), run.tools
+    ((real, fake, s_ref),) = steps_of(phase, tools, 1)
+    tx = state.optimizer(phase.config)
+    fresh = sharding.place(tools.mesh, state.new_state(start, tx))
+    totals = sharding.replicate(tools.mesh, step.zero_totals("ddo"))
+    key = sharding.replicate(tools.mesh, state.derive(phase.seed, "step"))
+    _, totals = tools.step_for(phase)(fresh, totals, None, tools.frozen, real, fake, key, phase.hyper, s_ref)
+    found = loop.summary(totals, 1.0, 1.0)
+    assert abs(found["ddo/r_real_mean"]) < 1e-4 and found["ddo/r_real_std"] < 1e-3  # of |logp| about 40
+    draws = tools.family.draw(step.step_keys(key, 0)[2], 16, (0.0, 1.0))
+    dropped = np.mean(draws["dropped"])
+    real_term = np.log(2) * (dropped + (1 - dropped) / 10)  # posonly: max(alpha, 1) on dropped rows, all over it
+    np.testing.assert_allclose(found["loss/real"], real_term, rtol=1e-4)
+    np.testing.assert_allclose(found["loss/fake"], np.log(2) * (1 - dropped), rtol=1e-4)
+
+
+def test_wrong_labels(run):
+    """Breaks if CCA's fakes are other images, or keep their labels."""
+    record = sharding.put_batch(run.tools.mesh, {"image": np.arange(8), "label": np.arange(8, dtype=np.int32)})
+    made, rows = fakes.wrong_labels(0)(0, record)
+    np.testing.assert_array_equal(made["label"], [1, 2, 3, 4, 5, 6, 7, 0])
+    np.testing.assert_array_equal(made["image"], np.arange(8))
+    assert rows is None
+
+
+def test_kept_scores():
+    """Breaks if an unknown score is taken for known, or one version for the other."""
+    kept = references.Kept(4)
+    kept.values[[0, 1], [0, 1]] = [-1.0, -2.0]
+    np.testing.assert_array_equal(kept.find(np.array([1, 0]), np.array([1, 0])), [-2.0, -1.0])
+    assert kept.find(np.array([1, 0]), np.array([0, 0])) is None
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_a_restart_changes_nothing(run, start, tmp_path, monkeypatch):
+    """Breaks if tokens, fakes, drops or kept scores of a resumed round differ from those of an uninterrupted one."""
+    ends = {}
+    for name in ("whole", "halved"):
+        (tmp_path / name).mkdir()
+        phase = candidate(run, tmp_path / name, start)
+        phase = loop.dataclasses.replace(phase, save_every=2, eval_every=None)
+        if name == "halved":
+
+            def stop(self, done, totals, write=loop._Loop.write):
+                if done == 3:
+                    raise Stop
+                write(self, done, totals)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(loop._Loop, "write", stop)
+                with pytest.raises(Stop):
+                    loop.train(phase, run.tools)
+            phase = loop.dataclasses.replace(candidate(run, tmp_path / name, start), save_every=2, eval_every=None)
+        loop.train(phase, run.tools)
+        shapes = sharding.abstract(run.tools.mesh, jax.eval_shape(lambda: start))
+        ends[name] = rounds.restore_ema(phase.directory / "checkpoints", 3, shapes)
+    for a, b in zip(*map(jax.tree.leaves, ends.values()), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective, pool", [("ddo", 0), ("ddo", 40), ("cca", 0), ("mle", 0)])
+def test_every_objective_to_its_report(run, config, start, tmp_path, fitted, objective, pool):
+    """Breaks if a baseline or an offline pool does not run to its end, or leaves another kind of record."""
+    config.update(objective=objective)
+    config.ddo.update(pool=pool, beta=(0.1,))
+    config.eval.also = ({"cfg": 1.0}, {"top_k": 3, "top_p": 0.9})
+    (tmp_path / "features-digits.npz").write_bytes(fitted[1].read_bytes())
+    selfplay.run(config, tmp_path)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| after DDO, cfg 1 |" in text and "| start (pretrained), top_k 3, top_p 0.9 |" in text
+    names = {"ddo": "a10_b0.1", "cca": "cca_a10_b0.1", "mle": "mle"}
+    records = files.read_jsonl(tmp_path / "rounds/001" / names[objective] / "metrics.jsonl")
+    assert ("loss/mle" in records[0]) == (objective == "mle")
+    if objective != "mle":
+        assert abs(records[0]["ddo/margin"]) < 1e-3 and "loss/nll_real" in records[0]
+    protocols = [e["protocol"] for e in files.read_jsonl(tmp_path / "evals.jsonl")]
+    assert {p["guidance"] for p in protocols} == {None, 1.0} and {p["nfe"] for p in protocols} == {2, 4}
+    if pool:
+        made = files.read_json(tmp_path / "rounds/001/pool/result.json")
+        assert made["num"] == 40 and made["sampler"]["reencode"] and made["sampler"]["cfg"] == 0
+
+
+def test_a_pool_of_tokens_is_read_like_the_data(run, start, tmp_path):
+    """Breaks if tokens are stored as anything but themselves, or a pool's scores are kept under other rows."""
+    own = run._replace(workdir=run.workdir.__class__(tmp_path), config=run.config.copy_and_resolve_references())
+    own.config.ddo.pool = 40
+    directory = own.workdir / "pool"
+    directory.mkdir()
+    result = rounds.make_pool(own, directory, start, 0)
+    files.write_json(directory / "result.json", result)
+    pool = rounds.pools.open_pool(directory)
+    assert pool.image_shape == (L,) and pool.dtype == np.int32 and len(pool) == 40
+    phase = candidate(run, tmp_path, start, pooled=True, config=own.config)
+    assert phase.kept["fake"].values.shape == (40, 2)
+    ((_, fake, _),) = steps_of(phase, run.tools, 1)
+    index = next(batches(pool, 16, 1000 + 1, with_index=True))["index"]
+    np.testing.assert_array_equal(fake["image"], pool.images[index])
