@@ -63,6 +63,8 @@ class Family:
       levels: grey levels of decoded images.
       record_shapes: shapes of record["image"] that `encode` takes, without the batch: pixels, raw latents, tokens.
       objectives: of a round's training: "ddo", "mle", and "cca" (wrong labels for fakes) where the family has it.
+      compiler_options: of programs whose scores are compared, for `jax.jit`: in half precision XLA may otherwise keep
+        more digits in one program than in another, and r is not 0 at the reference.
       own_guidance: its sampler guides itself, by a setting (VAR's cfg), and takes no second network.
       nfe: network evaluations of one sample under settings: settings -> int.
       passes: what a sample costs in forward passes of `score`, for estimates: settings -> int.
@@ -106,6 +108,7 @@ class Family:
     levels: int
     record_shapes: tuple
     objectives: tuple[str, ...]
+    compiler_options: dict
     own_guidance: bool
     nfe: Callable[[Any], int]
     passes: Callable[[Any], int]

@@ -174,6 +174,7 @@ class Diffusion:
             companions=self.codec.companions,
             companion_shapes=dict,  # stored records are latents: no autoencoder in training
             objectives=("ddo", "mle"),
+            compiler_options={},
             own_guidance=False,
             version=None,
             nfe=lambda settings: settings.nfe,

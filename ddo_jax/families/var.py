@@ -254,6 +254,7 @@ class VARFamily:
             levels=self.model["levels"],
             record_shapes=(image, (self.module.length,)),
             objectives=("ddo", "mle", "cca"),
+            compiler_options={} if self.module.dtype is None else {"xla_allow_excess_precision": False},
             own_guidance=True,
             nfe=lambda settings: scales * (2 if settings.cfg else 1),
             passes=lambda settings: 2 if settings.cfg else 1,  # cached: all scales together are one pass over L tokens

@@ -5,6 +5,7 @@ likelihood. Rows return in later epochs of the data, in an offline pool, and in 
 which sees the same pairs and the same dropped labels.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +36,7 @@ def programs(family, c) -> Programs:
     def versions(key, first, noise):
         return jax.vmap(lambda k: family.version(draws(key, k, noise)))(first + jnp.arange(BLOCK))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=family.compiler_options or None)
     def score(ref, frozen, record, key, k, noise):
         def one(rows):
             return family.score(ref, frozen, *rows)

@@ -4,6 +4,7 @@ DDO, CCA and MLE differ in their objective only. Hyper-parameters that a search 
 so all candidates of a run share one compiled program.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -192,13 +193,14 @@ def make_step(family, c, tx, mesh, shapes, *, objective: str, warmup: float, tot
         return state, jax.tree.map(jnp.add, totals, stats)
 
     out = (sharding.tree_sharding(mesh, shapes), sharding.replicated(mesh))
-    return jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
+    options = family.compiler_options or None
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=out, compiler_options=options)
 
 
 def make_ratio(family, c):
     """Jitted (params, ref, frozen, record, key, noise) -> r of one micro-batch of `c`, for histograms."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=family.compiler_options or None)
     def ratio(params, ref, frozen, record, key, noise):
         key_encode, key_draw = jax.random.split(key)
         examples = family.encode(frozen, record, key_encode)
