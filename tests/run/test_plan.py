@@ -161,7 +161,7 @@ def test_images_and_hours(micro):
     with_remat.remat = True  # what is trained on, real and fake, is computed again; the reference is not
     assert [p.passes for p in plan.work(with_remat, 1437)] == [4, 10, 4, 0]
 
-    lines = plan._costs(micro, list(parts.values()), flops=1e12, nfe=3, rates=(0.5, 0.25))
+    lines = plan._costs(micro, list(parts.values()), flops=1e12, each=3, rates=(0.5, 0.25))
     hours = {line[:14].strip(): float(line.split()[-1]) for line in lines[1:-1]}
     each = (64 / 0.5 + 280 / 0.25) / 3600
     assert hours["each round"] == pytest.approx(each, rel=1e-3) and hours["all 3 rounds"] == pytest.approx(
@@ -179,7 +179,7 @@ def test_images_and_hours(micro):
 
 def test_sampling_rate_from_the_training_rate(micro):
     """One number is enough: sampling at the same FLOP/s. 8 forward passes a training image, 3 a sample."""
-    lines = plan._costs(micro, plan.work(micro, 1437), flops=1e12, nfe=3, rates=(30.0,))
+    lines = plan._costs(micro, plan.work(micro, 1437), flops=1e12, each=3, rates=(30.0,))
     assert "at 30 real images/s" in lines[-1] and "80 images/s sampled" in lines[-1]
 
 
