@@ -1,6 +1,6 @@
 """Memory plan of the DDO step of the large configs: bytes per device by part, from shapes; nothing is allocated.
 
-    python benchmarks/memory.py [--configs edm2_in64 edm2_in512]
+    python benchmarks/memory.py [--configs edm2_in64 edm2_in512 var_in256 var_in256:d30]
 
 The estimate of `--dry_run` (ddo_jax/run/memory.py) for 1, 8 and 64 devices, with and without rematerialisation, and
 the largest batch that one device of 80 GB takes without accumulation. It is before fusion: compiled programs need less
@@ -47,9 +47,10 @@ def largest_batch(config, remat: bool, budget: int = BUDGET) -> int:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--configs", nargs="+", default=["edm2_in64", "edm2_in512"])
+    p.add_argument("--configs", nargs="+", default=["edm2_in64", "edm2_in512", "var_in256"])
     for name in p.parse_args().configs:
-        config = importlib.import_module(f"configs.{name}").get_config()
+        file, _, variant = name.partition(":")
+        config = importlib.import_module(f"configs.{file}").get_config(variant)
         for remat in (True, False):
             for devices, fsdp in MESHES:
                 for batch in (64, 512):

@@ -133,7 +133,9 @@ def write_report(
     """
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    pictures = {"curves": plots.curves(curves, metric), **_grid_pictures(grids, config.model.levels)}
+    pictures = _grid_pictures(grids, config.model.levels)
+    if curves:
+        pictures["curves"] = plots.curves(curves, metric)
     if ratios:
         pictures["ratios"] = plots.histograms(ratios)
     for name, figure in pictures.items():

@@ -216,6 +216,8 @@ def test_num_is_a_fixed_choice(tmp_path, real):
         (["--keep=folder"], "--keep: a folder keeps generated images"),
         (["--keep=edm.npz"], "--keep: edm.npz exists"),
         (["--batch=0"], "--batch: 0"),
+        (["--sweep=guidance=0,1"], "--sweep: of one --checkpoint and one range of --seeds"),
+        (["--plot=x.png"], "--plot: the picture of a --sweep, which is missing"),
         (["--checkpoint=x"], "not allowed with argument --images"),
         (["--network=vgg"], "invalid choice: 'vgg'"),
         (["--out=set/000000.png/x"], "--out: set/000000.png/x"),

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from ddo_jax import convert, files, sharding
+from ddo_jax import convert, files, sample, sharding
 from ddo_jax.convert import safetensors
 from ddo_jax.data.pipeline import batches
+from ddo_jax.errors import UserError
 from ddo_jax.models.vqvae import from_config
 from ddo_jax.run import config as configs
-from ddo_jax.run import fakes, loop, prepare, references, rounds, selfplay, state, step
+from ddo_jax.run import fakes, loop, prepare, references, rounds, sampling, selfplay, state, step
 
 from .conftest import Quiet
 
@@ -130,7 +131,7 @@ def test_the_reference_is_asked_once(run, start, tmp_path, monkeypatch):
             s = tools.family.score(start, tools.frozen, examples, draws)
             np.testing.assert_allclose(one[2][:, column], s, rtol=1e-5, atol=1e-4)
     filled = np.isfinite(phase.kept["fake"].values)
-    assert filled.sum() == 2 * 16 and (filled.sum(1) <= 1).all()
+    assert filled.sum() == 3 * 16 and (filled.sum(1) <= 1).all()
 
 
 def test_online_fakes(run, start, tmp_path):
@@ -253,3 +254,44 @@ def test_a_pool_of_tokens_is_read_like_the_data(run, start, tmp_path):
     ((_, fake, _),) = steps_of(phase, run.tools, 1)
     index = next(batches(pool, 16, 1000 + 1, with_index=True))["index"]
     np.testing.assert_array_equal(fake["image"], pool.images[index])
+
+
+@pytest.mark.slow
+def test_sample_and_sweep_a_finished_run(config, tmp_path, fitted, capsys):
+    """Breaks if guidance 1 is taken for none, strengths are compiled one by one, or filters are not those asked for."""
+    config.update(init="scratch")
+    config.ddo.rounds = 0
+    config.sampler.cfg = 2.0
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "features-digits.npz").write_bytes(fitted[1].read_bytes())
+    what = str(tmp_path / "run")
+    selfplay.run(config, what)
+    asked = sampling.Request(what, np.arange(8), batch=8)
+    assert sampling.open_generator(asked).protocol["guidance"]["cfg"] == 2.0  # the run's own
+    found = dict(sampling.sweep(asked, "guidance", [0.0, 1.0, 8.0]))
+    assert found[1.0].sampler.func is found[8.0].sampler.func is not found[0.0].sampler.func
+    assert [m.protocol["guidance"] and m.protocol["guidance"]["cfg"] for m in found.values()] == [None, 1.0, 8.0]
+    assert [m.protocol["nfe"] for m in found.values()] == [2, 4, 4]
+
+    def images(model):
+        return next(model.sampler(model.params, model.frozen, asked.seeds, np.arange(8)))["image"]
+
+    for weight in (0.0, 8.0):
+        alone = sampling.open_generator(asked._replace(guidance=weight))
+        np.testing.assert_array_equal(images(alone), images(found[weight]))
+    assert (images(found[0.0]) != images(found[8.0])).any()
+    filtered = sampling.open_generator(asked._replace(sampler={"top_k": 1}, guidance=0.0))
+    assert filtered.settings[:2] == (0.0, 1)
+    for flags, words in (
+        (["--guide=x", "--guidance=2"], "x: no such file"),
+        (["--rng=torch-cpu"], "--rng: 'torch-cpu'; allowed for a VAR: jax"),
+        (["--num_steps=3"], "config.sampler.num_steps: 3; this model's sampler has no such setting"),
+        (["--guidance=-1"], "config.sampler.cfg: -1.0; allowed: 0"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            sample.main([f"--checkpoint={what}", f"--out={tmp_path / 'out'}", "--seeds=0-3", *flags])
+        error = capsys.readouterr().err
+        assert e.value.code == 2 and error.count("\n") == 1 and words in error
+    assert not (tmp_path / "out" / "request.json").exists()  # a folder remembers what was made, not what failed
+    with pytest.raises(UserError, match="--guide: .*; a VAR takes no second network"):
+        sampling.open_generator(asked._replace(guide=what, guidance=2.0))
