@@ -47,9 +47,9 @@ def test_shipped_file(digits):
     tokens = np.asarray(encode(digits["train"] / np.float32(8) - 1))
     assert tokens.shape[1:] == (21,)
     assert len(np.unique(tokens)) > 0.9 * module.vocab_size  # measured: all
-    # VAR draws its fakes as tokens, decodes them and encodes them again: most must survive.
+    # VAR draws its fakes as tokens, decodes them and encodes them again: most survive.
     again = np.asarray(encode(decode(tokens)))
-    assert np.mean(again == tokens) > 0.5
+    assert np.mean(again == tokens) > 0.6  # measured: 0.68
 
 
 @pytest.mark.slow  # compilation of the gradient and of the draw of the weights
