@@ -9,14 +9,15 @@ the authors' script calls 1.0 is a ramp to 1.0 in its sampler, whose guidance-fr
 
 Needs ImageNet as a prepared TFDS set or as a folder (--config.data.name=folder:~/imagenet/train), resized and cropped
 as it is read (data.crop), the released transformer and tokenizer (`var-d16`, `var-d30`, `var-vae`), the Inception
-weights and OpenAI's reference batch (README, "Released weights to numbers"). `--dry_run` adds up memory and images.
-NOT RUN here (no weights, no ImageNet, no accelerator).
+weights and OpenAI's reference batch (README, "Released weights to numbers"). `--dry_run` adds up memory and images; by
+its estimate one 80 GB GPU takes d16 with --config.ddo.accumulation=4 (36 GB), eight take d30 with --config.mesh.fsdp=8
+(36 GB each). NOT RUN here (no weights, no ImageNet, no accelerator).
 
-Variants, after the size if it is given, as in `:d30:released`: `:search` a grid over alpha; `:from_scratch` VAR's own
-pretraining first; `:released` scores the authors' fine-tuned weights at guidance 0, 1.0 and 1.4, with and without
-sampling tricks; `:runlocal` the same code path in a minute on a CPU, on the digits. Baselines from the same start:
---config.objective=mle, and cca with --config.ddo.alpha='(50.0,)' (CCA's lambda: 50 for d16, 1000 for d30). The paper's
-curve of FID over IS:
+Variants, after the size (d16, d20, d24, d30) if it is given, as in `:d30:released`: `:search` a grid over alpha;
+`:from_scratch` VAR's own pretraining first; `:released` scores the authors' fine-tuned weights at guidance 0, 1.0 and
+1.4, with and without sampling tricks; `:runlocal` the same code path in a minute on a CPU, on the digits. Baselines
+from the same start: --config.objective=mle, and cca with --config.ddo.alpha='(50.0,)' (CCA's lambda: 50 for d16, 1000
+for d30). The paper's curve of FID over IS:
 
     python -m ddo_jax.evaluate --checkpoint=DIR --ref=imagenet256-ref --metrics=fid,is --sweep guidance=0,0.5,1,1.4,2
 """
@@ -27,11 +28,18 @@ from configs import common
 from ddo_jax.models.var import VAR_PRESETS
 from ddo_jax.run.config import base
 
+# VAR's own pretraining: learning rate at batch 256, batch, epochs, final rate as a fraction, final weight decay
+SIZES = {
+    "d16": (1e-4, 768, 200.0, 0.1, None),
+    "d20": (1e-4, 768, 250.0, 0.1, None),
+    "d24": (8e-5, 768, 350.0, 0.01, None),
+    "d30": (8e-5, 1024, 350.0, 0.01, 0.08),
+}
 TRICKS = {"top_k": 900, "top_p": 0.96}  # VAR: its sampling tricks
 
 
 def get_config(variant: str = ""):
-    size, *rest = variant.split(":") if variant.split(":")[0] in ("d16", "d30") else ["d16", *filter(None, [variant])]
+    size, _, rest = variant.partition(":") if variant.partition(":")[0] in SIZES else ("d16", "", variant)
     config = recipe(size)
     known = {
         "search": search,
@@ -39,12 +47,12 @@ def get_config(variant: str = ""):
         "released": released,
         "runlocal": runlocal,
     }
-    common.variants(config, ":".join(rest), known)
+    common.variants(config, rest, known)
     return config
 
 
 def recipe(size: str):
-    """Pretraining (VAR's own) and DDO of VAR-d16 or VAR-d30."""
+    """Pretraining (VAR's own) and DDO; the paper has d16 and d30."""
     config = base()
     config.name = f"VAR-{size} + DDO, ImageNet-256"
     config.family = "var"
@@ -59,16 +67,14 @@ def recipe(size: str):
             VAR_PRESETS[f"var-{size}"]
         )  # VAR: depth, width, heads, drop path (MLE only), initial weights
 
-    large = size == "d30"
+    rate, batch, epochs, final, final_decay = SIZES[size]
     pretrain = config.pretrain  # VAR throughout; float16 with loss scaling there, bfloat16 here
-    pretrain.batch = 1024 if large else 768
-    pretrain.length.epochs = 350.0 if large else 200.0
-    pretrain.warmup.epochs = pretrain.length.epochs / 50
-    pretrain.lr = (8e-5 if large else 1e-4) * pretrain.batch / 256
+    pretrain.batch = batch
+    pretrain.length.epochs, pretrain.warmup.epochs = epochs, epochs / 50
+    pretrain.lr = rate * batch / 256
     pretrain.schedule = "linear"
-    pretrain.start_lr, pretrain.final_lr = 0.005 * pretrain.lr, (0.01 if large else 0.1) * pretrain.lr
-    pretrain.hold = 0.05
-    pretrain.final_weight_decay = 0.08 if large else None
+    pretrain.start_lr, pretrain.final_lr, pretrain.hold = 0.005 * pretrain.lr, final * pretrain.lr, 0.05
+    pretrain.final_weight_decay = final_decay
     pretrain.save_every.epochs = 1.0  # ours
 
     ddo = config.ddo

@@ -17,7 +17,8 @@ VARIANTS = {
         ("edm_cifar10_uncond", "edm_cifar10_cond", "edm_in64_adm"),
         ("", "search", "from_scratch", "released", "runlocal"),
     ),
-    "var_in256": ("", "d16", "d30", "search", "d30:from_scratch", "d30:released", "released", "runlocal"),
+    "digits_var": ("", "runlocal", "pool"),
+    "var_in256": ("", "d16", "d20", "d24", "d30", "search", "d30:from_scratch", "d30:released", "released", "runlocal"),
 }
 
 
