@@ -94,6 +94,84 @@ print(json.dumps({
 """
 
 
+TOKENS = """
+import functools, json, sys
+from types import SimpleNamespace
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import numpy as np
+from ddo_jax import sharding
+from ddo_jax.evaluate import score
+from ddo_jax.families import get_family
+from ddo_jax.run import config as configs
+from ddo_jax.run import fakes, references, state, step
+
+c = configs.base()
+c.family = "var"
+c.model.update(arch="VAR", img_resolution=8, img_channels=1, label_dim=10, levels=17)
+with c.unlocked():
+    c.model.update(vae=sys.argv[1], patch_nums=(1, 2, 4), vocab_size=128, z_channels=8, cond_drop_rate=0.3)
+    c.model.update(depth=1, embed_dim=64, num_heads=2)
+c.ddo.update(batch=16, lr=1e-3, eps=1e-3, ema_mimg=0.0, weight_decay=0.05, clip=2.0, accumulation=2)
+rng = np.random.default_rng(0)
+family = get_family(c)
+start = jax.tree.map(np.asarray, jax.jit(family.init)(jax.random.key(3))[0])
+frozen = family.companions()
+images = rng.integers(0, 17, (32, 8, 8, 1)).astype(np.uint8)
+hyper, settings = step.Hyper(4.0, 0.2, 1e-3, (0.0, 1.0)), family.fake_settings(family.settings(c.sampler))
+
+def everything(devices, fsdp):
+    mesh = sharding.make_mesh(fsdp, devices)
+    ref, whole = sharding.place(mesh, start), sharding.place(mesh, frozen)
+    tx = state.optimizer(c.ddo)
+    current = sharding.place(mesh, state.new_state(ref, tx))
+    shapes = jax.eval_shape(lambda: current)
+    advance = step.make_step(family, c.ddo, tx, mesh, shapes, objective="ddo", warmup=0.0, total=1e6)
+    totals, key = sharding.replicate(mesh, (step.zero_totals("ddo"), jax.random.key(5)))
+    sampler = score.make_sampler(family, settings, mesh, 16, output="records")
+    pair = fakes.online(mesh, functools.partial(sampler, ref, whole), 16, 2, 0, False)(0)
+    kept = {"real": references.Kept(32), "fake": references.Kept(32)}
+    phase = SimpleNamespace(ref=ref, hyper=hyper)
+    asks = references.References(references.programs(family, c.ddo), mesh, whole, phase, key, kept)
+    tokens = jax.jit(lambda f, r: family.store(f, family.encode(f, r, key)))
+    seen = []
+    for k in range(2):
+        rows = np.arange(16 * k, 16 * k + 16)
+        record = {"image": images[rows], "label": rows.astype(np.int32) % 10}
+        real = tokens(whole, sharding.put_batch(mesh, record))
+        fake, own = pair(k, real)
+        s_ref = asks(k, {"real": real, "fake": fake}, {"real": rows, "fake": own})
+        seen += [real["image"], fake["image"], s_ref]
+        current, totals = advance(current, totals, None, whole, real, fake, key, hyper, s_ref)
+    spread = {str(x.sharding.spec) for x in jax.tree.leaves(current["params"])}
+    return jax.tree.map(np.asarray, current), jax.device_get(totals), [np.asarray(x) for x in seen], spread
+
+a, b = everything(jax.devices()[:1], 1), everything(jax.devices(), 2)
+def worst(x, y):
+    pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+    return max(float(np.max(np.abs(p - q) / (1e-3 + np.abs(p)))) for p, q in pairs)
+print(json.dumps({
+    "devices": len(jax.devices()), "sharded": sorted(b[3]), "state": worst(a[0], b[0]),
+    "totals": worst(*({n: x[1][n] for n in ("loss_real", "loss_fake", "nll_real", "grad_norm")} for x in (a, b))),
+    "tokens": float(np.mean([np.mean(a[2][i] != b[2][i]) for i in (0, 1, 3, 4)])),
+    "asked": worst([a[2][2], a[2][5]], [b[2][2], b[2][5]]), "moved": worst(a[0]["params"], start),
+}))
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_equal_one_for_tokens():
+    """Breaks if fakes, dropped labels, kept scores or micro-batches depend on the number of devices."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", TOKENS, str(ROOT / "configs" / "digits_vqvae.safetensors")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["devices"] == 8 and any("fsdp" in spec for spec in found["sharded"])
+    assert found["moved"] > 1e-2 and found["tokens"] == 0 and found["asked"] < 1e-5
+    assert found["state"] < 1e-3 and found["totals"] < 1e-3
+
+
 @pytest.mark.parametrize("network", ["mlp", pytest.param("edm2", marks=pytest.mark.slow)])
 def test_eight_devices_equal_one(network):
     """Breaks if a mean, a draw or a sample depends on the number of devices, or nothing is sharded at all."""
