@@ -14,12 +14,12 @@ from ddo_jax.run import plots
 NAMES = {"start": "start (pretrained)", "ddo": "after DDO", "control": "control (continued MLE)"}
 
 
-UNDER = " | "  # between a system and the sampler settings it is scored under, where they are not the run's own
+UNDER = ", "  # between a system and the sampler settings it is scored under, where they are not the run's own
 
 
 def shown(system: str) -> str:
     """
-    >>> shown("ddo"), shown("ddo | cfg 1")
+    >>> shown("ddo"), shown("ddo, cfg 1")
     ('after DDO', 'after DDO, cfg 1')
     """
     name, _, settings = system.partition(UNDER)

@@ -1,5 +1,6 @@
 """Family var: the goldens' likelihoods and DDO losses through this trainer's step, tokens, fakes, guidance, files."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ddo_jax.convert import safetensors, vqvae
 from ddo_jax.convert.read import Released
 from ddo_jax.errors import UserError
 from ddo_jax.families import from_released, get_family
+from ddo_jax.families.var import released_arguments
 from ddo_jax.models.vqvae import KEYS, from_config
 from ddo_jax.run import step
 from ddo_jax.run.config import base
@@ -105,48 +107,73 @@ def test_likelihoods(golden):
     draws = {"dropped": jnp.asarray(dropped)}
     s = jax.jit(family.score)(params, frozen, examples, draws)
     np.testing.assert_allclose(s, arrays["tf/logp"], rtol=1e-6, atol=1e-4)
-    loss = family.mle_loss(params, frozen, examples, draws, jax.random.key(0))
-    np.testing.assert_allclose(np.mean(loss), arrays["tf/ce_mean"], rtol=1e-5)
+    np.testing.assert_allclose(np.mean(-s) / family.record_shapes[1][0], arrays["tf/ce_mean"], rtol=1e-5)
     np.testing.assert_array_equal(family.version(draws), dropped)
 
 
-CASES = [(f"case{i}_{v}", i, v) for i, v in ((0, "posonly"), *((1, v) for v in ("posonly", "posonly_w1", "nll")))]
-CASES += [(f"case2_{v}", 2, v) for v in ("posonly_w1", "nll")] + [("case3_nll", 3, "nll")]
-
-
-@pytest.mark.parametrize("name, case, variant", CASES)
-def test_ddo_losses_and_gradients(golden, name, case, variant):
-    """Breaks if pairs, weights of dropped rows, alpha's division or the reference's place in the step are wrong."""
-    arrays, info, c, params, ref, frozen = golden
-    found = next(x for x in info["ddo_cases"] if x["name"] == name)
-    c = c.copy_and_resolve_references()
-    c.ddo.dropped_row_loss = variant
-    family = get_family(c)
+@pytest.fixture(scope="module")
+def graded(golden):
+    """(variant, dropped, alpha, beta) -> ((loss, stats), gradient) of the golden pairs; compiled once a variant."""
+    arrays, _, c, params, ref, frozen = golden
     labels = jnp.asarray(arrays["ddo/labels"])
-    dropped = jnp.asarray(arrays["ddo/dropped"] & found["drop_applied"])
     real, fake = ({"tokens": jnp.asarray(arrays[f"ddo/{k}_tokens"]), "label": labels} for k in ("real", "fake"))
-    draws, hyper = {"dropped": dropped}, step.Hyper(found["alpha"], found["beta"], 1.0, (0.0, 1.0))
 
-    def loss(params, s_ref):
-        return step.pair_objective(family, "ddo", params, ref, frozen, (real, fake, draws, s_ref), hyper)
+    @functools.cache
+    def program(variant):
+        own = c.copy_and_resolve_references()
+        own.ddo.dropped_row_loss = variant
+        family = get_family(own)
 
-    kept = jnp.stack([family.score(ref, frozen, rows, draws) for rows in (real, fake)], 1)
-    for s_ref in (kept, None):
-        (value, stats), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, s_ref)
-        np.testing.assert_allclose(value, arrays[f"ddo/{name}/loss"], rtol=1e-5, atol=1e-5)
-        norm = arrays[f"ddo/{name}/grad_global_norm"]
-        np.testing.assert_allclose(optax.tree.norm(grads), norm, rtol=1e-4)
-    logp = arrays[f"ddo/case{case}/logp_real"]
-    np.testing.assert_allclose(stats["nll_real"][0] / stats["nll_real"][1], -logp.mean(), rtol=1e-5)
+        def loss(params, s_ref, dropped, alpha, beta):
+            rows, hyper = (real, fake, {"dropped": dropped}, s_ref), step.Hyper(alpha, beta, 1.0, (0.0, 1.0))
+            return step.pair_objective(family, "ddo", params, ref, frozen, rows, hyper)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    score = jax.jit(get_family(c).score)
+
+    def run(variant, dropped, alpha, beta, asked_before=True):
+        s_ref = None
+        if asked_before:
+            s_ref = jnp.stack([score(ref, frozen, rows, {"dropped": dropped}) for rows in (real, fake)], 1)
+        return program(variant)(params, s_ref, dropped, alpha, beta)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "variant", ["posonly", *(pytest.param(v, marks=pytest.mark.slow) for v in ("posonly_w1", "nll"))]
+)
+def test_ddo_losses_and_gradients(golden, graded, variant):
+    """Breaks if pairs, weights of dropped rows, alpha's division or the reference's place in the step are wrong."""
+    arrays, info, *_ = golden
+    cases = [x for x in info["ddo_cases"] if x["variant"] == variant]
+    assert len(cases) >= 3
+    for case in cases:
+        dropped = jnp.asarray(arrays["ddo/dropped"] & case["drop_applied"])
+        (value, stats), grads = graded(variant, dropped, case["alpha"], case["beta"])
+        name = f"ddo/{case['name']}"
+        np.testing.assert_allclose(value, arrays[f"{name}/loss"], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(optax.tree.norm(grads), arrays[f"{name}/grad_global_norm"], rtol=1e-4)
+        logp = arrays[f"{case['logp']}logp_real"]
+        np.testing.assert_allclose(stats["nll_real"][0] / stats["nll_real"][1], -logp.mean(), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_reference_inside_the_step_says_the_same(golden, graded):
+    """Breaks if asking it before is another loss than asking it there."""
+    arrays, *_ = golden
+    dropped = jnp.asarray(arrays["ddo/dropped"])
+    before, inside = (graded("posonly", dropped, 10.0, 0.02, asked_before)[0][0] for asked_before in (True, False))
+    np.testing.assert_allclose(before, inside, rtol=1e-6)
 
 
 def test_decay(golden):
     """Breaks if weight decay acts on what the base model was trained without."""
     _, info, c, params, *_ = golden
     family = get_family(c)
-    kept = convert.to_torch(
-        "var", dict(golden_arguments(c)), {"params": jax.tree.map(_flag, family.decays(params), params)}
-    )
+    flags = jax.tree.map(lambda on, v: np.full(np.shape(v), float(on), np.float32), family.decays(params), params)
+    kept = convert.to_torch("var", released_arguments(c.model.to_dict()), {"params": flags})
     buffers = ("lvl_1L", "attn_bias_for_masking")
     decayed = {k for k, v in kept.items() if v.any() and k not in buffers}
     every = {k for k in kept if k not in buffers and not k.endswith("zero_k_bias")}
@@ -160,16 +187,21 @@ def test_decay(golden):
 def test_tokens_of_pixels_and_back(small, vae):
     """Breaks if a pool's record, or a tokenised data set, is not what the pixels gave; or the picture is another."""
     family, _, frozen = small
-    examples = family.encode(frozen, images(), jax.random.key(0))
+    examples = encoded(family, frozen)
     module, variables = vqvae.load(vae, (1, 2, 4))
     x = images()["image"].astype(np.float32) / 8 - 1
-    np.testing.assert_array_equal(examples["tokens"], module.apply(variables, x, method="tokens"))
+    apply = jax.jit(module.apply, static_argnames="method")
+    np.testing.assert_array_equal(examples["tokens"], apply(variables, x, method="tokens"))
     stored = family.store(frozen, examples)
     assert stored["image"].shape == (B, 21) and stored["image"].dtype == family.record_dtype((21,)) == np.int32
     again = family.encode(frozen, stored, jax.random.key(1))
     np.testing.assert_array_equal(again["tokens"], examples["tokens"])
-    pixels = module.apply(variables, module.apply(variables, examples["tokens"], method="f_hat"), method="decode")
-    np.testing.assert_array_equal(family.decode(frozen, examples), np.round((np.asarray(pixels) + 1) * 8))
+    pixels = apply(variables, apply(variables, examples["tokens"], method="f_hat"), method="decode")
+    np.testing.assert_array_equal(jax.jit(family.decode)(frozen, examples), np.round((np.asarray(pixels) + 1) * 8))
+
+
+def encoded(family, frozen, record=None):
+    return jax.jit(family.encode)(frozen, images() if record is None else record, jax.random.key(0))
 
 
 def sampled(small, settings, labels=(0, 1, 2, 3), **extra):
@@ -189,6 +221,7 @@ def test_an_image_depends_on_its_key_and_label_alone(small):
     assert len(np.unique(whole["tokens"])) > 4 and family.nfe(settings) == 6 and family.passes(settings) == 2
 
 
+@pytest.mark.slow
 def test_fakes_are_unguided_and_reencoded(small, vae):
     """Breaks if guidance or filters leak into the fakes, or they are not the tokens of their own pixels."""
     family, _, frozen = small
@@ -197,14 +230,16 @@ def test_fakes_are_unguided_and_reencoded(small, vae):
     raw = sampled(small, settings._replace(reencode=False))
     fakes = sampled(small, settings)
     module, variables = vqvae.load(vae, (1, 2, 4))
-    pixels = module.apply(variables, raw["f_hat"], method="decode")
-    np.testing.assert_array_equal(fakes["tokens"], module.apply(variables, pixels, method="tokens"))
+    apply = jax.jit(module.apply, static_argnames="method")
+    pixels = apply(variables, raw["f_hat"], method="decode")
+    np.testing.assert_array_equal(fakes["tokens"], apply(variables, pixels, method="tokens"))
     c = config(vae)
     c.ddo.reencode = False
     plain = get_family(c)
     assert not plain.fake_settings(plain.settings({})).reencode
 
 
+@pytest.mark.slow
 def test_greedy_guidance_moves_the_tokens(small):
     """Breaks if cfg is ignored, or 1 is taken for "off"."""
     family = small[0]
@@ -213,25 +248,31 @@ def test_greedy_guidance_moves_the_tokens(small):
     assert [family.nfe(family.settings({"cfg": cfg})) for cfg in (0.0, 1.0)] == [3, 6]
 
 
+@pytest.mark.slow
 def test_smooth_images_are_not_those_of_the_tokens(small):
     """Breaks if more_smooth decodes the tokens, which it draws and does not use."""
     family, _, frozen = small
     examples = sampled(small, family.settings({"more_smooth": True}))
-    hard = family.decode(frozen, {k: v for k, v in examples.items() if k != "f_hat"})
-    assert (family.decode(frozen, examples) != hard).any()
+    decode = jax.jit(family.decode)
+    hard = decode(frozen, {k: v for k, v in examples.items() if k != "f_hat"})
+    assert (decode(frozen, examples) != hard).any()
 
 
+@pytest.mark.slow
 def test_dropped_labels(small):
     """Breaks if the rate is another, or a dropped row still sees its label."""
     family, params, frozen = small
     draws = family.draw(jax.random.key(0), 10_000, (0.0, 1.0))
     assert 0.08 < np.mean(draws["dropped"]) < 0.12
-    examples = family.encode(frozen, images(), jax.random.key(0))
+    examples = encoded(family, frozen)
     other = {**examples, "label": (examples["label"] + 1) % 10}
+    score = jax.jit(family.score)
     for dropped in (True, False):
         rows = {"dropped": jnp.full((B,), dropped)}
-        a, b = (family.score(params, frozen, e, rows) for e in (examples, other))
+        a, b = (score(params, frozen, e, rows) for e in (examples, other))
         assert np.array_equal(a, b) == dropped
+    key = jax.random.key(0)
+    np.testing.assert_allclose(jax.jit(family.mle_loss)(params, frozen, examples, rows, key), -a / 21, rtol=1e-6)
 
 
 def test_cca_counts_neighbours_of_one_class_as_positive(small):
@@ -251,11 +292,12 @@ def test_half_precision_keeps_likelihoods_in_float32(vae, small):
     c = config(vae)
     c.dtype = "bfloat16"
     family, (_, params, frozen) = get_family(c), small
-    examples = family.encode(frozen, images(), jax.random.key(0))
+    examples = encoded(family, frozen)
     draws = family.draw(jax.random.key(0), B, (0.0, 1.0))
-    text = jax.jit(family.score).lower(params, frozen, examples, draws).as_text()
-    s = family.score(params, frozen, examples, draws)
-    exact = small[0].score(params, frozen, examples, draws)
+    lowered = jax.jit(family.score).lower(params, frozen, examples, draws)
+    text, s = lowered.as_text(), lowered.compile()(params, frozen, examples, draws)
+    exact = jax.jit(small[0].score)(params, frozen, examples, draws)
+    assert family.compiler_options == {"xla_allow_excess_precision": False} and not small[0].compiler_options
     assert "dot_general" in text and "bf16" in text and s.dtype == jnp.float32
     assert (s != exact).all() and np.allclose(s, exact, rtol=0.05)
 
