@@ -88,7 +88,7 @@ def recipe(size: str):
     ddo.eval_every.steps = 10  # ours
     ddo.save_every.steps = 10  # ours
 
-    config.control.lr = 2e-5  # ours; set control.enabled and control.eval_every
+    config.control.lrs, config.control.batch = (2e-5,), 256  # ours; set control.enabled and control.eval_every
     for phase in (pretrain, ddo, config.control):
         phase.b1, phase.b2, phase.weight_decay, phase.clip = 0.9, 0.95, 0.05, 2.0  # VAR; of DDO not published
         phase.ema_mimg = 0.0  # VAR, paper: none

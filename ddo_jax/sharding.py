@@ -64,6 +64,12 @@ def place(mesh: Mesh, tree):
     return jax.device_put(tree, tree_sharding(mesh, tree))
 
 
+def own_rows(batch: int) -> slice:
+    """This host's rows of a global batch."""
+    share = batch // jax.process_count()
+    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
 def put_batch(mesh: Mesh, record):
     """This host's rows (NumPy, first axis) -> global arrays over all devices."""
     sharding = batch_sharding(mesh)

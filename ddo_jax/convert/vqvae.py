@@ -180,6 +180,9 @@ def load(what: str, patch_nums: tuple[int, ...]):
         released = read(names.resolve(what))
         if released.kind != "vqvae":
             raise UserError(f"{what}: holds {released.kind or 'an unknown network'}; allowed: a VQ-VAE (kind vqvae)")
+        recorded = None if "patch_nums" in released.extras.get("assumed", ()) else released.config.get("patch_nums")
+        if recorded and list(recorded) != list(patch_nums):
+            raise UserError(f"{what}: made for patch_nums {list(recorded)}; allowed: those, not {list(patch_nums)}")
         module, variables = from_torch(released.config | {"patch_nums": list(patch_nums)}, released.state_dict)
     except UnsafeOrDamaged as e:
         raise UserError(str(e)) from None

@@ -301,30 +301,6 @@ def var_ddo_loss(
     return jnp.mean(real) + jnp.mean(fake), stats
 
 
-def rolled_labels(
-    labels: Int[Array, "b"], dropped: Bool[Array, "b"], num_classes: int
-) -> tuple[Int[Array, "b"], Int[Array, "b"], Bool[Array, "b"]]:
-    """The labels under which CCA scores every row twice.
-
-    Args:
-      labels: int [B]. dropped: [B], rows without label in both halves. num_classes: N, the id of "no label".
-
-    Returns:
-      matched [B]; rolled [B], each row with the label of the next one; positive [B], rows whose rolled label is no
-      mismatch: dropped ones, and those whose neighbour has the same label.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> print(*rolled_labels(jnp.array([3, 3, 5]), jnp.array([False, False, True]), 10))
-      [ 3  3 10] [ 3  5 10] [ True False  True]
-
-    Reference: specs/var.md section 8, end; arXiv 2410.09347.
-    """
-    rolled = jnp.roll(labels, -1)
-    none = jnp.asarray(num_classes, labels.dtype)
-    return jnp.where(dropped, none, labels), jnp.where(dropped, none, rolled), dropped | (rolled == labels)
-
-
 def cca_loss(
     r_matched: Float[Array, "b"],
     r_rolled: Float[Array, "b"],
@@ -339,8 +315,9 @@ def cca_loss(
         c_i = 1, w_i = 1 where positive;  else c_i = -1, w_i = lam
 
     Args:
-      r_matched: log-ratios of data under their own labels, [B], nats. r_rolled: under `rolled_labels`.
-      positive: [B], of `rolled_labels`.
+      r_matched: log-ratios of data under their own labels, [B], nats. r_rolled: of the same data under wrong labels,
+        each row having that of the next one; rows without label have none in both.
+      positive: [B], rows whose "wrong" label is no mismatch: without label, or the next row is of the same class.
       lam: weight of the mismatched rows, >= 0. beta: > 0. Python numbers or traced scalars.
 
     Returns:

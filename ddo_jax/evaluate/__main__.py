@@ -361,6 +361,8 @@ def check(args, wanted: list[str]) -> None:
         raise UserError("--bootstrap: compares two sets; give one range of --seeds")
     if args.sweep and (args.images or args.bootstrap or args.keep or len(args.seeds or ()) > 1):
         raise UserError("--sweep: of one --checkpoint and one range of --seeds, without --keep and --bootstrap")
+    if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot: {args.plot}; allowed: a file that ends in .png, .pdf or .svg")
     if args.plot and not args.sweep:
         raise UserError("--plot: the picture of a --sweep, which is missing")
     if args.sweep:

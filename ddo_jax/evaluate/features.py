@@ -54,8 +54,7 @@ def batched(program: Callable, batch: int) -> Callable[[np.ndarray], Vectors]:
     """Run a jitted program over images in padded batches of one size, over all devices."""
     mesh = sharding.make_mesh()
     batch = -(-batch // mesh.size) * mesh.size
-    share = batch // jax.process_count()
-    own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    own = sharding.own_rows(batch)
 
     def apply(images: np.ndarray) -> Vectors:
         parts = []

@@ -80,8 +80,7 @@ def make_sampler(family, settings, mesh, batch: int, streams=None, *, guide: Gui
     def sampler(params, frozen, seeds, labels, weight=None):
         weights = guidance(weight)
         seeds, labels = np.asarray(seeds, np.uint32), np.asarray(labels, np.int32)
-        share = batch // jax.process_count()
-        rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)  # of this host
+        rows = sharding.own_rows(batch)
         for i in range(0, len(seeds), batch):
             n = min(batch, len(seeds) - i)
             s, y = (np.resize(x[i : i + n], batch)[rows] for x in (seeds, labels))

@@ -136,7 +136,7 @@ def base() -> ConfigDict:
 # in MLE phases is not among them: dropout masks are drawn per micro-batch.)
 HARMLESS = ("log", "mesh", "keep", "lease_s", "name", "remark", "data.dir", "eval.grid")  # the key or all below
 HARMLESS += tuple(f"{p}.{key}_every" for p in ("pretrain", "ddo", "control") for key in ("save", "snapshot"))
-HARMLESS += ("ddo.accumulation", "remat")
+HARMLESS += ("ddo.accumulation", "remat", "eval.also")
 
 
 def leaves(config, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -229,6 +229,10 @@ def _check_phase(config, phase: str) -> None:
     for key in ("ema_mimg", "ema_rampup", "final_lr", "start_lr", "t_ref", "clip", "weight_decay"):
         _require(c[key] >= 0, f"{phase}.{key}", c[key], "0 or more")
     _require(0 <= c.hold < 1, f"{phase}.hold", c.hold, "0 to below 1")
+    for key in ("hold", "start_lr"):
+        _require(c.schedule == "linear" or not c[key], f"{phase}.{key}", c[key], "0, unless schedule is linear")
+    final = c.final_weight_decay
+    _require(final is None or final >= 0, f"{phase}.final_weight_decay", final, "0 or more, or unset")
     schedules = ("constant", "cosine", "linear", "inverse_sqrt")
     _require(c.schedule in schedules, f"{phase}.schedule", c.schedule, ", ".join(schedules))
     for key in ("warmup", "eval_every", "save_every", "snapshot_every", "length"):
@@ -265,6 +269,10 @@ def _check_family(config, dtypes) -> None:
         allowed = "one value: objective mle uses neither alpha nor beta"
         for key in ("alpha", "beta"):
             _require(len(config.ddo[key]) == 1, f"ddo.{key}", config.ddo[key], allowed)
+    if config.objective != "ddo":
+        for key, default in (("dropped_row_loss", "posonly"), ("reencode", True)):
+            value = config.ddo[key]
+            _require(value == default, f"ddo.{key}", value, f"{default!r}: objective {config.objective} has no fakes")
     losses = ", ".join(DROPPED_ROW_LOSSES)
     loss = config.ddo.dropped_row_loss
     _require(loss in DROPPED_ROW_LOSSES, "ddo.dropped_row_loss", loss, losses)
@@ -281,6 +289,10 @@ def _check_also(config) -> None:
     for given in config.eval.also:
         ok = isinstance(given, dict | ConfigDict) and len(given) and all(k in config.sampler for k in given)
         _require(ok, "eval.also", given, f"dictionaries of sampler settings: {', '.join(config.sampler)}")
+        for key, value in given.items():
+            default = (DIFFUSION_SAMPLER | VAR_SAMPLER)[key]
+            same = _number(value) if isinstance(default, float) else type(value) is type(default)
+            _require(same, f"eval.also: {key}", value, f"a {type(default).__name__}")
 
 
 def _check_p_std_from(pairs) -> None:

@@ -53,8 +53,7 @@ def online(mesh, sample: Callable, batch: int, total: int, index: int, keep: boo
                 whole = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
                 if keep and total * sum(v.nbytes for v in whole.values()) <= KEEP_BYTES:
                     made[k] = whole
-            share = batch // jax.process_count()
-            own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+            own = sharding.own_rows(batch)
             return sharding.put_batch(mesh, {name: v[own] for name, v in whole.items()}), rows
 
         return pair

@@ -74,9 +74,8 @@ def _find_ours(path: epath.Path) -> Ours:
     raise UserError(f"{what}: no finished run (no {path} with a config.json above it); is it still training?")
 
 
-def fingerprint(what: str) -> str:
-    """Eight hex digits that change with the weights behind WHAT: of the file, or of a checkpoint's digests."""
-    found = find(what)
+def fingerprint(found: Ours | convert.Released) -> str:
+    """Eight hex digits that change with the weights that `find` found: of the file, or of a checkpoint's digests."""
     if isinstance(found, Ours):
         steps = [int(p.name) for p in found.checkpoints.iterdir() if p.name.isdigit()]
         step = max(steps) if found.step is None else found.step
@@ -149,7 +148,11 @@ def family_of(found: Ours | convert.Released, **overrides) -> Family:
             config.update(found.config)
     else:
         from_released(config, found)
-    config.update_from_flattened_dict(overrides)
+    for key, value in overrides.items():
+        section, _, name = key.rpartition(".")
+        part = config[section] if section else config
+        with part.unlocked():  # an argument of the network that the config leaves to its default
+            part[name] = value
     return get_family(config)
 
 

@@ -16,8 +16,8 @@ from ddo_jax import files, sharding
 from ddo_jax.core import ddo
 from ddo_jax.data.pipeline import batches
 from ddo_jax.errors import UserError
+from ddo_jax.run import asked, record, snapshots, state, step
 from ddo_jax.run import config as configs
-from ddo_jax.run import record, references, snapshots, state, step
 from ddo_jax.run.checkpoint import Checkpoints
 from ddo_jax.run.images import png
 
@@ -32,7 +32,7 @@ class Phase:
       objective: "mle", "ddo" or "cca". hyper: its traced numbers.
       total: steps. warmup: images. eval_every, save_every: steps or None.
       start: parameters it begins from. ref: the reference's parameters; fakes: see `ddo_jax.run.fakes`; kept: what
-        the reference said, for all candidates of a round (see `references.References`); none of them for "mle".
+        the reference said, for all candidates of a round (see `asked.Asked`); none of them for "mle".
       seed: of data order and noise. select: which range of selection seeds its evaluations use.
     """
 
@@ -63,7 +63,7 @@ class Tools:
       train: what training reads: data, or its tokens. tokens: jitted (frozen, record of pixels) -> record of tokens,
         where training has to make them; or None.
       step_for: (phase) -> its jitted step, compiled once per kind.
-      asks: `references.Programs`, or None: the step asks the reference itself.
+      asks: `asked.Programs`, or None: the step asks the reference itself.
       ratio: jitted (params, ref, frozen, record, key, noise) -> r [B].
       evaluate: (params, phase name, step, purpose, index) -> the record of one scored set of samples, with
         its protocol, and its first images. metric: the record's key that selects (lower is better).
@@ -78,7 +78,7 @@ class Tools:
     train: Any
     tokens: Callable[..., dict] | None
     step_for: Callable[[Phase], Callable]
-    asks: references.Programs | None
+    asks: asked.Programs | None
     ratio: Callable[..., jax.Array]
     evaluate: Callable[..., tuple[dict, np.ndarray]]
     levels: int
@@ -172,7 +172,7 @@ class _Loop:
         pair = None if phase.fakes is None else phase.fakes(self.first)
         asks = None
         if tools.asks is not None and pair is not None:
-            asks = references.References(tools.asks, tools.mesh, tools.frozen, phase, key, phase.kept)
+            asks = asked.Asked(tools.asks, tools.mesh, tools.frozen, phase, key, phase.kept)
         for k in itertools.count(self.first):
             real = next(reals)
             rows = real.pop("index", None)

@@ -149,7 +149,7 @@ def _memory(config, devices: int, params) -> list[str]:
         variant.remat = remat
         families[remat] = get_family(variant)
     for section in [s for s in PASSES if _candidates(config, s)]:
-        objective = "ddo" if section == "ddo" else "mle"
+        objective = config.objective if section == "ddo" else "mle"
         parts, other = (
             memory.step_bytes(family, config[section], objective, devices, config.mesh.fsdp)
             for family in families.values()
@@ -162,7 +162,8 @@ def _memory(config, devices: int, params) -> list[str]:
     lines.append(f"{human(copies, 'B')} more for the parameters of the run's start, the last best, the round's start")
     return [
         *lines,
-        "estimates before fusion; edm2_in64 compiled for H100s takes 0.5 to 1.0 of them, for a TPU v5e 0.4 to 2.7",
+        "estimates of training steps before fusion; edm2_in64 compiled for H100s takes 0.5 to 1.0 of them, for a TPU v5e "
+        "0.4 to 2.7",
     ]
 
 
@@ -242,7 +243,7 @@ def work(config, examples: int) -> list[Work]:
 
     A backward pass costs two forward passes. DDO trains on a real image and a fake with the target, and evaluates
     the reference on both: 2 (1 + 2) + 2 = 8; MLE takes 3; with remat every trained image takes one more. What the
-    reference said of tokens is kept, so that examples which return cost 6. Tokenising is not in it.
+    reference said of tokens is kept: examples that return cost 6. Tokenising is not in it.
     """
     parts = []
     for section in PASSES:

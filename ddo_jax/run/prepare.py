@@ -17,12 +17,11 @@ from ddo_jax.convert import names
 from ddo_jax.core import frechet
 from ddo_jax.data import sources
 from ddo_jax.errors import UserError
-from ddo_jax.evaluate import features, image_sets, score
-from ddo_jax.evaluate import references as statistics
+from ddo_jax.evaluate import features, image_sets, references, score
 from ddo_jax.evaluate.collect import DINOV2, MAIN
 from ddo_jax.families import get_family
 from ddo_jax.families.base import Family
-from ddo_jax.run import checkpoint, load, loop, record, references, rounds, state, step
+from ddo_jax.run import asked, checkpoint, load, loop, record, rounds, state, step
 from ddo_jax.run import config as configs
 
 
@@ -128,12 +127,12 @@ def make_references(config, network, reals, shape) -> tuple[dict, dict]:
         if name == "train" and config.eval.reference:
             length = network.apply(np.zeros((1, *shape), np.uint8))["features"].shape[1]
             path = names.resolve(config.eval.reference)
-            found = statistics.open_reference(path, {metric: length}, {owner: network})
+            found = references.open_reference(path, {metric: length}, {owner: network})
             moments[name] = dataclasses.asdict(found.gaussians[metric])
             named[name] = f"{found.name} {found.digest}"
         else:
             images = image_sets.of_source(source, levels=config.model.levels)
-            mu, sigma = statistics.statistics(images, network, owner, config.model.levels)[metric]
+            mu, sigma = references.statistics(images, network, owner, config.model.levels)[metric]
             moments[name] = {"mu": mu, "sigma": sigma, "root": frechet.sqrt_psd(sigma)}
             named[name] = f"{source.name} {source.fingerprint} ({len(source)} images)"
     return moments, named
@@ -264,8 +263,9 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.
     sampler = score.make_sampler(family, settings, mesh, config.eval.batch)
     fakes = sampler  # pixels are stored as they are looked at: one program for both
     if len(family.record_shapes) > 1:
-        how = family.fake_settings(settings)
-        fakes = score.make_sampler(family, how, mesh, config.eval.batch, output="records")
+        how, batch = family.fake_settings(settings), config.eval.batch
+        batch = batch if config.ddo.pool else min(batch, config.ddo.batch)  # a step's fakes are not padded
+        fakes = score.make_sampler(family, how, mesh, batch, output="records")
     train, tokens = tokenised(config, family, frozen, mesh, data)
     samplers = [(settings, sampler)]
     for given in config.eval.also:
@@ -280,7 +280,7 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.
         flip=config.data.flip,
         train=train,
         tokens=tokens,
-        asks=None if family.version is None else references.programs(family, config.ddo),
+        asks=None if family.version is None else asked.programs(family, config.ddo, mesh.size),
         step_for=step_factory(config, family, mesh),
         ratio=step.make_ratio(family, config.ddo),
         evaluate=evaluate,
@@ -307,13 +307,12 @@ def tokenised(config, family, frozen, mesh, data):
     def tokens(frozen, record):
         return family.store(frozen, family.encode(frozen, record, jax.random.key(0)))
 
-    if config.data.flip or getattr(data, "random_crop", False) or len(data) > TOKENISED_ONCE:
+    if config.data.flip or data.random_crop or len(data) > TOKENISED_ONCE:
         return data, tokens
     batch, parts = config.eval.batch, []
     for i in range(0, len(data), batch):
         rows = np.resize(np.arange(i, min(i + batch, len(data))), batch)  # padded: one program
-        share = batch // jax.process_count()
-        record = data.read(rows[jax.process_index() * share :][:share])
+        record = data.read(rows[sharding.own_rows(batch)])
         made = tokens(frozen, sharding.put_batch(mesh, record))
         parts.append({k: sharding.to_host(v)[: len(data) - i] for k, v in made.items()})
     images, labels = (np.concatenate([p[k] for p in parts]) for k in ("image", "label"))

@@ -20,8 +20,8 @@ from ddo_jax.data import sources
 from ddo_jax.data.pipeline import batches
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate import score
+from ddo_jax.run import asked, fakes, loop, record, search, state, step
 from ddo_jax.run import config as configs
-from ddo_jax.run import fakes, loop, record, references, search, state, step
 from ddo_jax.run.checkpoint import restore_ema
 
 
@@ -231,8 +231,10 @@ def partners(setup: Setup, ref, index: int, pool, keep: bool) -> dict:
     else:
         sample = functools.partial(setup.fakes, ref, tools.frozen)
         made = fakes.online(tools.mesh, sample, c.ddo.batch, total, index, keep)
-    kept = {"real": references.Kept(len(tools.train)), "fake": references.Kept(c.ddo.pool or total * c.ddo.batch)}
-    return {"ref": ref, "fakes": made, "kept": kept if tools.asks is not None else {}}
+    if tools.asks is None:
+        return {"ref": ref, "fakes": made}
+    kept = {"real": asked.Kept(len(tools.train)), "fake": asked.Kept(c.ddo.pool or total * c.ddo.batch)}
+    return {"ref": ref, "fakes": made, "kept": kept}
 
 
 def some_fakes(setup: Setup, ref, index: int, num: int):

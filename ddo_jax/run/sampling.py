@@ -199,19 +199,19 @@ def open_generator(request: Request, parts: Parts | None = None, sampler=None) -
         weight = settings.cfg or None
         guidance = weight and {"cfg": weight, "rule": "t = cfg s / (S - 1) at scale s; 0 is none"}
     else:
-        weight = None if guide is None else request.guidance
+        weight = None if guide is None or request.guidance == 1 else request.guidance
         guidance = weight and {"weight": weight, "guide": request.guide, "weights": weights_digest(guide.params)}
     protocol = {
         "checkpoint": request.checkpoint,
         "weights": weights_digest(parts.params),
         "sampler": {"solver": settings.solver, **settings._asdict()},
-        "nfe": family.nfe(settings) * (1 if guide is None else 2),
+        "nfe": family.nfe(settings) * (2 if weight and guide is not None else 1),
         "guidance": guidance,
         "rng": request.rng,
         "dtype": request.dtype,
         "precision": request.precision,
     }
-    guided = functools.partial(sampler, weight=weight)
+    guided = functools.partial(sampler, weight=request.guidance if guide is not None else weight)
     return Generator(family, settings, parts.params, parts.frozen, guided, protocol)
 
 
@@ -221,9 +221,10 @@ def sweep(request: Request, key: str, values: list):
     Raises:
       UserError: as `open_generator`; a value that this sampler does not take.
     """
-    parts, shared, made = load_parts(request._replace(guidance=None, guide=None)), None, []
-    if request.guide is not None:
-        parts = parts._replace(guide=open_guide(request._replace(guidance=2.0), parts.family, parts.mesh))
+    if key == "guidance" and request.guidance is not None:
+        raise UserError(f"--guidance: {request.guidance}; --sweep gives its values, leave it out")
+    weight = 2.0 if key == "guidance" and request.guide is not None else request.guidance  # any but none: to be loaded
+    parts, shared, made = load_parts(request._replace(guidance=weight)), None, []
     none = 0 if parts.family.own_guidance else 1
     for value in values:
         if key == "guidance":
@@ -299,11 +300,12 @@ def same_request(request: Request, out: epath.Path) -> dict:
       UserError: the folder was made with another request (the difference is shown).
     """
     wanted = {k: v for k, v in request._asdict().items() if k not in ("seeds", "batch")}
-    wanted["weights"] = load.fingerprint(request.checkpoint)
-    if request.guidance is None and not load.family_of(load.find(request.checkpoint)).own_guidance:
+    found = load.find(request.checkpoint)
+    wanted["weights"] = load.fingerprint(found)
+    if request.guidance is None and not load.family_of(found).own_guidance:
         wanted["guidance"] = 1.0  # none
     if request.guide is not None:
-        wanted["guide_weights"] = load.fingerprint(request.guide)
+        wanted["guide_weights"] = load.fingerprint(load.find(request.guide))
     if request.labels == "balanced":  # labels go by the position in the list of seeds
         wanted["first_seed"] = int(request.seeds[0])
     have = files.read_json(out / "request.json")

@@ -74,7 +74,7 @@ def other_scores(setup: Setup, systems: dict) -> dict:
     """The systems under the sampler settings of config.eval.also; they select nothing."""
     tasks = {}
     for how, given in enumerate(setup.config.eval.also, 1):
-        label = ", ".join(f"{k} {v:g}" for k, v in given.items())
+        label = ", ".join(f"{k} {v}" for k, v in given.items())
         for system, params in systems.items():
             name = f"{system}{report.UNDER}{label}"
 

@@ -75,24 +75,13 @@ def mle_objective(family, params, frozen, batch, key):
     return jnp.mean(loss), {"loss_mle": measured(loss)}
 
 
-def micro_batches(batch, parts: int):
-    """[N, ...] -> [parts, N / parts, ...]: part j has rows j, j + parts, ...: every device keeps its own rows."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
-
-
-def in_micro_batches(fn, rows, parts: int):
-    """fn(rows) -> [N], with N / parts rows at a time in memory."""
-    if parts == 1:
-        return fn(rows)
-    return jnp.swapaxes(jax.lax.map(fn, micro_batches(rows, parts)), 0, 1).reshape(-1)
-
-
 def accumulated(objective, params, batch, parts: int):
     """(gradient, statistics) of the mean over `parts` equal micro-batches, one after the other in memory."""
     gradient = jax.grad(objective, has_aux=True)
     if parts == 1:
         return gradient(params, batch, 0)
-    micro = micro_batches(batch, parts)
+    # micro-batch j takes rows j, j + parts, ...: every device keeps its own rows
+    micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
 
     def body(total, part):
         j, rows = part
@@ -163,7 +152,7 @@ def make_step(family, c, tx, mesh, shapes, *, objective: str, warmup: float, tot
     Returns:
       step(state, totals, ref, frozen, real, fake, key, hyper, s_ref=None) -> (state, totals). `real` and `fake` are
       records (uint8 images, labels); "mle" ignores `ref` and `fake` (None). s_ref [B,2]: what the reference said of
-      the pairs at this step's draws (`references.References`), in place of `ref`. `totals` accumulates the
+      the pairs at this step's draws (`asked.Asked`), in place of `ref`. `totals` accumulates the
       statistics on the device, from `zero_totals`. `state` and `totals` are donated.
     """
 

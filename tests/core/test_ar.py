@@ -221,11 +221,7 @@ def test_alpha_is_traced_and_an_unknown_variant_is_refused():
 
 def test_cca():
     """Against the formula, row by row; no public numbers exist."""
-    labels, dropped = jnp.array([4, 4, 7, 1, 4]), jnp.array([False, False, True, False, False])
-    matched, rolled, positive = ar.rolled_labels(labels, dropped, 10)
-    np.testing.assert_array_equal(matched, [4, 4, 10, 1, 4])
-    np.testing.assert_array_equal(rolled, [4, 7, 10, 4, 4])
-    np.testing.assert_array_equal(positive, [1, 0, 1, 0, 1])
+    positive = jnp.array([True, False, True, False, True])
     r = np.random.default_rng(0).normal(0, 30, (2, 5)).astype(np.float32)
     for lam in (0.5, 50.0):
         expected = [np.log1p(np.exp(-0.02 * v)) for v in r[0].astype(float)]

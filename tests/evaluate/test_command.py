@@ -217,6 +217,7 @@ def test_num_is_a_fixed_choice(tmp_path, real):
         (["--keep=edm.npz"], "--keep: edm.npz exists"),
         (["--batch=0"], "--batch: 0"),
         (["--sweep=guidance=0,1"], "--sweep: of one --checkpoint and one range of --seeds"),
+        (["--plot=x.foo"], "--plot: x.foo; allowed: a file that ends in .png"),
         (["--plot=x.png"], "--plot: the picture of a --sweep, which is missing"),
         (["--checkpoint=x"], "not allowed with argument --images"),
         (["--network=vgg"], "invalid choice: 'vgg'"),

@@ -104,7 +104,7 @@ from ddo_jax import sharding
 from ddo_jax.evaluate import score
 from ddo_jax.families import get_family
 from ddo_jax.run import config as configs
-from ddo_jax.run import fakes, references, state, step
+from ddo_jax.run import asked, fakes, state, step
 
 c = configs.base()
 c.family = "var"
@@ -130,9 +130,9 @@ def everything(devices, fsdp):
     totals, key = sharding.replicate(mesh, (step.zero_totals("ddo"), jax.random.key(5)))
     sampler = score.make_sampler(family, settings, mesh, 16, output="records")
     pair = fakes.online(mesh, functools.partial(sampler, ref, whole), 16, 2, 0, False)(0)
-    kept = {"real": references.Kept(32), "fake": references.Kept(32)}
+    kept = {"real": asked.Kept(32), "fake": asked.Kept(32)}
     phase = SimpleNamespace(ref=ref, hyper=hyper)
-    asks = references.References(references.programs(family, c.ddo), mesh, whole, phase, key, kept)
+    asks = asked.Asked(asked.programs(family, c.ddo, mesh.size), mesh, whole, phase, key, kept)
     tokens = jax.jit(lambda f, r: family.store(f, family.encode(f, r, key)))
     seen = []
     for k in range(2):

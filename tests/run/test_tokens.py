@@ -12,8 +12,8 @@ from ddo_jax.convert import safetensors
 from ddo_jax.data.pipeline import batches
 from ddo_jax.errors import UserError
 from ddo_jax.models.vqvae import from_config
+from ddo_jax.run import asked, fakes, loop, prepare, rounds, sampling, selfplay, state, step
 from ddo_jax.run import config as configs
-from ddo_jax.run import fakes, loop, prepare, references, rounds, sampling, selfplay, state, step
 
 from .conftest import Quiet
 
@@ -110,17 +110,18 @@ def test_mirrored_images_are_tokenised_as_they_come(run, config):
 def test_the_reference_is_asked_once(run, start, tmp_path, monkeypatch):
     """Breaks if a kept likelihood belongs to another row, label or drop, or is asked for again."""
     phase, tools = candidate(run, tmp_path, start), run.tools
-    asked = []
+    questions = []
 
-    def score(*args):
-        asked.append(args)
-        return tools.asks.score(*args)
+    def fill(said, positions, *args):
+        questions.append(np.unique(positions))
+        return tools.asks.fill(said, positions, *args)
 
-    counting = loop.dataclasses.replace(tools, asks=tools.asks._replace(score=score))
+    counting = loop.dataclasses.replace(tools, asks=tools.asks._replace(fill=fill))
+    assert tools.asks.block == 2
     first = steps_of(phase, counting, 3)
-    assert len(asked) == 6
+    assert len(questions) == 6 * 8 and sum(map(len, questions)) == 6 * 16
     again = steps_of(phase, counting, 3)  # the next candidate of the round
-    assert len(asked) == 6
+    assert len(questions) == 6 * 8
     key = sharding.replicate(tools.mesh, state.derive(phase.seed, "step"))
     for k, (one, two) in enumerate(zip(first, again, strict=True)):
         np.testing.assert_allclose(one[2], two[2], rtol=1e-6)
@@ -179,10 +180,37 @@ def test_wrong_labels(run):
 
 def test_kept_scores():
     """Breaks if an unknown score is taken for known, or one version for the other."""
-    kept = references.Kept(4)
+    kept = asked.Kept(4)
     kept.values[[0, 1], [0, 1]] = [-1.0, -2.0]
     np.testing.assert_array_equal(kept.find(np.array([1, 0]), np.array([1, 0])), [-2.0, -1.0])
-    assert kept.find(np.array([1, 0]), np.array([0, 0])) is None
+    np.testing.assert_array_equal(kept.find(np.array([1, 0]), np.array([0, 0])), [np.nan, -1.0])
+
+
+def test_rows_that_return_are_not_asked_again(run, start, tmp_path):
+    """Breaks if one unknown row makes the whole batch be asked, or a returning row gets another one's score."""
+    phase, tools = candidate(run, tmp_path, start), run.tools
+    key = sharding.replicate(tools.mesh, state.derive(phase.seed, "step"))
+    questions = []
+
+    def fill(said, positions, *args):
+        questions.append(len(np.unique(positions)))
+        return tools.asks.fill(said, positions, *args)
+
+    kept = {"real": asked.Kept(40), "fake": asked.Kept(40)}
+    asks = asked.Asked(tools.asks._replace(fill=fill), tools.mesh, tools.frozen, phase, key, kept)
+    rng, known, expected = np.random.default_rng(0), set(), 0
+    score = jax.jit(tools.family.score)
+    for k in range(6):
+        rows = rng.permutation(40)[:16]
+        record = sharding.put_batch(tools.mesh, tools.train.read(rows))
+        draws = tools.family.draw(step.step_keys(key, k)[2], 16, phase.hyper.noise)
+        s_ref = asks(k, {"real": record, "fake": record}, {"real": rows, "fake": rows})
+        s = score(start, tools.frozen, tools.family.encode(tools.frozen, record, key), draws)
+        np.testing.assert_allclose(s_ref, np.stack([s, s], 1), rtol=1e-5, atol=1e-4)
+        now = set(zip(rows.tolist(), np.asarray(tools.family.version(draws)).tolist(), strict=True))
+        expected += 2 * len(now - known)
+        known |= now
+    assert sum(questions) == expected < 2 * 6 * 16
 
 
 class Stop(Exception):
