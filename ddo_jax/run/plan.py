@@ -162,8 +162,8 @@ def _memory(config, devices: int, params) -> list[str]:
     lines.append(f"{human(copies, 'B')} more for the parameters of the run's start, the last best, the round's start")
     return [
         *lines,
-        "estimates of training steps before fusion; edm2_in64 compiled for H100s takes 0.5 to 1.0 of them, for a TPU v5e "
-        "0.4 to 2.7",
+        "estimates of training steps before fusion; edm2_in64 compiled for H100s takes 0.5 to 1.0 of them, for a "
+        "TPU v5e 0.4 to 2.7",
     ]
 
 
