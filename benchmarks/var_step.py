@@ -1,7 +1,7 @@
 """The parts of a DDO step of a VAR: make fakes, encode them again, ask the reference, update the target.
 
     python benchmarks/var_step.py                                              # configs/digits_var.py
-    python benchmarks/var_step.py --config=var_in256 --batch=25                # on a GPU: random weights will do
+    python benchmarks/var_step.py --config=var_in256 --batch=25 --peak_tflops=989      # on a GPU: random weights will do
 
 Expected, in forward passes of a row of tokens with B real and B fake rows: generating B fakes costs 1 B (keys and
 values are kept, so that all scales together are one pass over the tokens), the reference 2 B, the target 2 B + 4 B.
@@ -12,6 +12,7 @@ tokenizer's decoder and encoder, whose share has no such number.
 
 import argparse
 import importlib
+import statistics
 import sys
 import time
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from ddo_jax import sharding  # noqa: E402
 from ddo_jax.errors import UserError  # noqa: E402
 from ddo_jax.families import get_family  # noqa: E402
-from ddo_jax.run import asked, state, step  # noqa: E402
+from ddo_jax.run import asked, memory, plan, state, step  # noqa: E402
 
 
 def weights_of(family, mesh):
@@ -110,11 +111,19 @@ def main() -> None:
     p.add_argument("--batch", type=int, help="real images a step (default: the config's)")
     p.add_argument("--accumulation", type=int, default=1)
     p.add_argument("--repeats", type=int, default=15)
+    p.add_argument(
+        "--peak_tflops", type=float, help="of the device at this dtype (H100, bfloat16: 989): per cent of it"
+    )
     args = p.parse_args()
     name, _, variant = args.config.partition(":")
     config = importlib.import_module(f"configs.{name}").get_config(variant)
     config.ddo.update(batch=args.batch or config.ddo.batch, accumulation=args.accumulation)
     first, seconds = timed(programs(config), args.repeats)
+
+    family = get_family(config)
+    rates = [config.ddo.batch / s for s in seconds["generate"]]  # a fake costs one forward pass over its tokens
+    tflops = plan.forward_flops(family, *memory.abstract(family)) * statistics.median(rates) / 1e12
+    peak = {"percent_of_peak": round(100 * tflops / args.peak_tflops, 2)} if args.peak_tflops else {}
 
     def ratio(a, b):
         return spread([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])
@@ -129,7 +138,9 @@ def main() -> None:
         kept_over_asked=ratio("update_kept", "update_and_reference"),
         generate_over_step=ratio("generate", "update_and_reference"),
         generate_and_encode_over_step=ratio("generate_and_encode", "update_and_reference"),
-        images_per_s_generated=spread([config.ddo.batch / s for s in seconds["generate"]]),
+        images_per_s_generated=spread(rates),
+        generate_tflops=round(tflops, 4),
+        **peak,
         device=jax.devices()[0].device_kind,
     )
 
