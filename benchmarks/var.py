@@ -9,8 +9,7 @@ what was expected before it was measured; variants run in turn in one process, `
 by call (> 1: y is faster). compile_s is trace + lower + compile without the persistent cache; temp_mb and peak_mb are
 XLA's memory analysis; gflop its count of the program as lowered. "float32" is precision "highest" (no TF32).
 
-Each part's docstring holds what was found on two shared CPU cores (benchmarks/results/2026-11-var-cpu.jsonl). On a
-GPU: NOT RUN.
+Each part's docstring holds what was found on two shared CPU cores (benchmarks/results/2026-11-var-cpu.jsonl).
 """
 
 import argparse
@@ -466,8 +465,6 @@ def plan(s: Setup, samplers: dict) -> None:
     noise_mb = round(4 * big.batch * module.length * module.vocab_size / 2**20, 1)
     emit(noise, big, "noise_memory", noise_mb=noise_mb, **found)
 
-
-# ----------------------------------------------------------------------------------------------------
 
 PARTS = {f.__name__: f for f in (generate, programs, forward, attention, noise)}
 

@@ -1,7 +1,7 @@
 """The parts of a DDO step of a VAR: make fakes, encode them again, ask the reference, update the target.
 
-    python benchmarks/var_step.py                                              # configs/digits_var.py
-    python benchmarks/var_step.py --config=var_in256 --batch=25 --peak_tflops=989      # on a GPU: random weights will do
+    python benchmarks/var_step.py                                             # configs/digits_var.py
+    python benchmarks/var_step.py --config=var_in256 --batch=25 --peak_tflops=989     # on a GPU: random weights will do
 
 Expected, in forward passes of a row of tokens with B real and B fake rows: generating B fakes costs 1 B (keys and
 values are kept, so that all scales together are one pass over the tokens), the reference 2 B, the target 2 B + 4 B.

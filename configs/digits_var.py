@@ -2,7 +2,10 @@
 
     python -m ddo_jax.main --config=configs/digits_var.py --workdir=runs/digits_var
 
-EXPECTED
+Hardware: 2 CPU cores, no accelerator, three minutes. Expected: FD x 100 to the training images falls from about 14 to
+10.5 by DDO (13.8, 14.1, 14.5 -> 10.5, 10.3, 11.2 on training seeds 0, 1, 2; continued MLE 12.9, 13.5, 12.9);
+checkpoints chosen on one range of sampling seeds, reported on three others, where a checkpoint varies by about 0.5 to
+1. Mostly the first round; the recipe was chosen on seed 0.
 
 The tokenizer is configs/digits_vqvae.safetensors (1x1, 2x2 and 4x4 tokens of a codebook of 128), made by
 examples/digits_vqvae.py. Everything else is as on ImageNet: fakes online by the reference, unguided and unfiltered,
@@ -11,7 +14,7 @@ decoded to pixels and encoded again; the reference's likelihoods kept; dropped l
 Variants: `:runlocal` the same code path in little; `:pool` fakes sampled once a round instead. Baselines from the same
 start: --config.objective=cca, --config.objective=mle.
 
-The recipe was searched on this data: "ours" below.
+The recipe was searched on this data: "ours" below. "VAR" marks Tian et al. 2024.
 """
 
 from pathlib import Path
@@ -27,6 +30,10 @@ def get_config(variant: str = ""):
     config = base()
     config.name = "DDO of a small VAR on 8x8 digits"
     config.family = "var"
+    config.remark = (
+        "Guidance (cfg 1.0) makes these digits easier to recognise and their distance larger, before DDO and after it. "
+        "2048 samples leave a noise of about 0.5 to 1 in the distance; the recipe was chosen on training seed 0."
+    )
     config.data.name = "digits"
     config.eval.network = "digits"
     config.model.update(arch="VAR", img_resolution=8, img_channels=1, label_dim=10, levels=17)
