@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--target", choices=("tpu", "cuda"), required=True)
     p.add_argument("--topology", help="default: tpu v5e:4x4; cuda 1x1xN of --devices")
     p.add_argument("--devices", type=int, default=8, help="cuda: GPUs of one machine")
-    p.add_argument("--config", default="edm2_in64", help="of configs/")
+    p.add_argument("--config", default="edm2_in64", help="of configs/, with a variant: var_in256:d30")
     p.add_argument("--batch", type=int, default=512, help="real images a step, over all devices; as many fakes")
     p.add_argument("--accumulation", type=int, default=1)
     p.add_argument("--fsdp", type=int, default=1)
@@ -87,7 +87,8 @@ def configuration(a):
     """The config of the file, with what the command line sets."""
     import importlib
 
-    config = importlib.import_module(f"configs.{a.config}").get_config("runlocal" if a.small else "")
+    file, _, variant = a.config.partition(":")
+    config = importlib.import_module(f"configs.{file}").get_config("runlocal" if a.small else variant)
     config.ddo.update(batch=a.batch, accumulation=a.accumulation)
     config.remat = a.remat
     config.mesh.fsdp = a.fsdp
@@ -105,7 +106,7 @@ def lower(config, mesh):
 
     family, c = get_family(config), config.ddo
     tx = state.optimizer(c)
-    params, frozen = jax.eval_shape(family.init, jax.random.key(0))
+    params, frozen = memory.abstract(family)
     shapes = jax.eval_shape(lambda p: state.new_state(p, tx, c.ema_stds), params)
     whole = sharding.replicated(mesh)
 
@@ -116,15 +117,18 @@ def lower(config, mesh):
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     rest = placed((jax.eval_shape(lambda: step.zero_totals("ddo")), jax.eval_shape(lambda: jax.random.key(0))), whole)
     advance = step.make_step(family, c, tx, mesh, shapes, objective="ddo", warmup=5e5, total=6.4e6)
+    said = jax.ShapeDtypeStruct((c.batch, 2), jnp.float32, sharding=sharding.batch_sharding(mesh))
+    asked = family.version is not None  # the reference, in a program of its own
     traced = advance.trace(
         sharding.abstract(mesh, shapes),
         rest[0],
-        sharding.abstract(mesh, params),
+        None if asked else sharding.abstract(mesh, params),
         placed(frozen, whole),
         record,
         record,
         rest[1],
         step.Hyper(number, number, number, (number, number)),
+        said if asked else None,
     )
     return traced.lower(lowering_platforms=(mesh.devices.flat[0].platform.replace("gpu", "cuda"),))
 
