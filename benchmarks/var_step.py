@@ -61,7 +61,7 @@ def programs(config) -> dict:
     tokens = jax.jit(lambda frozen, record: family.store(frozen, family.encode(frozen, record, key)))
     record, noise = tokens(frozen, pixels), (0.0, 1.0)
     phase = SimpleNamespace(ref=params, hyper=step.Hyper(10.0, 0.02, 1e-6, noise))
-    both, asks = dict.fromkeys(("real", "fake"), record), asked.programs(family, c, mesh.size)
+    both, asks = dict.fromkeys(("real", "fake"), record), asked.programs(family, c, mesh)
 
     def ask(kept):
         rows = dict.fromkeys(both, np.arange(c.batch) if kept else None)

@@ -3,6 +3,9 @@
 Beside `errors` and `files` at the bottom of the package: training, sampling and evaluation all use it.
 """
 
+import contextlib
+import contextvars
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -45,6 +48,29 @@ def leaf_spec(shape: tuple[int, ...], fsdp: int) -> P:
         return P()
     axis = max(divisible, key=lambda i: shape[i])
     return P(*(["fsdp" if i == axis else None for i in range(axis + 1)]))
+
+
+_MESH = contextvars.ContextVar("mesh", default=None)  # of the program that is being traced
+
+
+@contextlib.contextmanager
+def rows_over(mesh: Mesh):
+    """Around the trace of a program: `rows` keeps its batches over all devices of the mesh."""
+    token = _MESH.set(mesh)
+    try:
+        yield
+    finally:
+        _MESH.reset(token)
+
+
+def rows(x):
+    """x [B,...] with the first axis over all devices, where a program is traced for some; else x.
+
+    For networks that look rows up in sharded tables: XLA would follow the table's sharding, and every device would hold
+    the whole batch.
+    """
+    mesh = _MESH.get()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
 def tree_sharding(mesh: Mesh, tree):

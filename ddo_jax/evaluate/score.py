@@ -54,7 +54,8 @@ def make_sampler(family, settings, mesh, batch: int, streams=None, *, guide: Gui
         other = second
         if second is not None and guide is not None:
             other = (guide.family.guide(*second[0], labels), second[1])
-        examples = family.sample((params, other), frozen, labels, latents, noise, settings)
+        with sharding.rows_over(mesh):
+            examples = family.sample((params, other), frozen, labels, latents, noise, settings)
         if output == "records":
             return family.store(frozen, examples)
         return {"image": family.decode(frozen, examples), "label": labels}

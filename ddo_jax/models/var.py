@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddo_jax import sharding
 from ddo_jax.core import ar
 from ddo_jax.models.edm_layers import at_least_float32, row, standardise
 
@@ -292,10 +293,10 @@ class VAR(nn.Module):
             labels: int [B], N for "no label". var_input: [B, L - p_0^2, z], the tokenizer's maps of coarser scales.
             train: drop path on, with the rng collection "dropout"; for training the base model, never in DDO.
         """
-        cond = self.class_emb(labels)
+        cond = sharding.rows(self.class_emb(labels))
         wide = cond.dtype
         x = jnp.concatenate([self.start(cond), self.word_embed(var_input.astype(wide))], axis=1)
-        x = (x + self.pos()).astype(self.dtype or wide)
+        x = sharding.rows((x + self.pos()).astype(self.dtype or wide))
         levels = jnp.asarray(self.levels)
         mask = levels[:, None] >= levels[None, :]
         return self.body(x, cond, mask, None, train)[0]
@@ -311,7 +312,7 @@ class VAR(nn.Module):
             logits, past: a list over the blocks of (keys, values), each [B, tokens so far, H, C/H].
         """
         first, end = self.spans[s]
-        cond = self.class_emb(labels)
+        cond = sharding.rows(self.class_emb(labels))
         x = self.start(cond) if s == 0 else self.word_embed(maps.astype(cond.dtype))
         if s == 0:
             nothing = jnp.zeros((len(labels), 0, self.num_heads, self.embed_dim // self.num_heads))
@@ -335,10 +336,10 @@ class VAR(nn.Module):
             shared = self.shared_ada_lin_1(ada)
         now = []
         for i, block in enumerate(self.blocks):
-            x, kept = block(x, shared, mask, None if past is None else past[i], train)
+            x, kept = block(sharding.rows(x), shared, mask, None if past is None else past[i], train)
             now.append(kept)
         x = self.head_nm(x, ada)
-        return self.head(x.astype(self.dtype or wide)).astype(wide), now
+        return sharding.rows(self.head(x.astype(self.dtype or wide)).astype(wide)), now
 
 
 _NO_DECAY = ("pos_1LC", "pos_start", "lvl_embed", "ada_gss", "scale_mul")

@@ -33,8 +33,8 @@ class Programs(NamedTuple):
     block: int
 
 
-def programs(family, c, devices: int) -> Programs:
-    """Of the config's section "ddo", on a mesh of so many devices."""
+def programs(family, c, mesh) -> Programs:
+    """Of the config's section "ddo", on a mesh."""
 
     def draws(key, k, noise):
         return family.draw(step.step_keys(key, k)[2], c.batch, noise)
@@ -45,10 +45,11 @@ def programs(family, c, devices: int) -> Programs:
 
     @functools.partial(jax.jit, compiler_options=family.compiler_options or None)
     def fill(said, positions, ref, frozen, record, key, k, noise):
-        rows = jax.tree.map(lambda x: x[positions], (record, draws(key, k, noise)))
-        return said.at[positions].set(family.score(ref, frozen, family.encode(frozen, rows[0], key), rows[1]))
+        record, drawn = jax.tree.map(lambda x: x[positions], (record, draws(key, k, noise)))
+        with sharding.rows_over(mesh):
+            return said.at[positions].set(family.score(ref, frozen, family.encode(frozen, record, key), drawn))
 
-    return Programs(versions, fill, devices * -(-c.batch // (PARTS * devices)))
+    return Programs(versions, fill, mesh.size * -(-c.batch // (PARTS * mesh.size)))
 
 
 class Kept:

@@ -280,7 +280,7 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.
         flip=config.data.flip,
         train=train,
         tokens=tokens,
-        asks=None if family.version is None else asked.programs(family, config.ddo, mesh.size),
+        asks=None if family.version is None else asked.programs(family, config.ddo, mesh),
         step_for=step_factory(config, family, mesh),
         ratio=step.make_ratio(family, config.ddo),
         evaluate=evaluate,

@@ -176,7 +176,8 @@ def make_step(family, c, tx, mesh, shapes, *, objective: str, warmup: float, tot
     def step(state, totals, ref, frozen, real, fake, key, hyper, s_ref=None):
         keys = step_keys(key, state["step"])
         params = family.project(state["params"], objective)
-        grads, stats = gradients(params, ref, frozen, real, fake, s_ref, keys, hyper)
+        with sharding.rows_over(mesh):
+            grads, stats = gradients(params, ref, frozen, real, fake, s_ref, keys, hyper)
         stats["grad_norm"] = measured(optax.tree.norm(grads)[None])
         state = advance(family, {**state, "params": params}, grads, tx, c, hyper, warmup=warmup, total=total)
         return state, jax.tree.map(jnp.add, totals, stats)

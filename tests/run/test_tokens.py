@@ -123,13 +123,14 @@ def test_the_reference_is_asked_once(run, start, tmp_path, monkeypatch):
     again = steps_of(phase, counting, 3)  # the next candidate of the round
     assert len(questions) == 6 * 8
     key = sharding.replicate(tools.mesh, state.derive(phase.seed, "step"))
+    score = jax.jit(tools.family.score)
     for k, (one, two) in enumerate(zip(first, again, strict=True)):
         np.testing.assert_allclose(one[2], two[2], rtol=1e-6)
         draws = tools.family.draw(step.step_keys(key, k)[2], 16, (0.0, 1.0))
         assert 0 < np.sum(draws["dropped"]) < 16
         for column, record in enumerate(one[:2]):
             examples = tools.family.encode(tools.frozen, record, key)
-            s = tools.family.score(start, tools.frozen, examples, draws)
+            s = score(start, tools.frozen, examples, draws)
             np.testing.assert_allclose(one[2][:, column], s, rtol=1e-5, atol=1e-4)
     filled = np.isfinite(phase.kept["fake"].values)
     assert filled.sum() == 3 * 16 and (filled.sum(1) <= 1).all()
