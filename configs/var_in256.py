@@ -84,8 +84,8 @@ def recipe(size: str):
     ddo.pool = 0  # paper: fakes online, by the reference, for the labels of the real images (that: ours)
     ddo.alpha = (50.0,)  # paper: searched in [10, 100]; `:search` does
     ddo.beta = (0.02,)  # paper
-    # Rows without label: the authors' text says plain MLE ("nll"); public fragments of their code point to this reading,
-    # -log sigmoid(beta r) with weight max(alpha, 1) and no fake term; by its types that code may give "posonly_w1".
+    # Rows without label: the authors' text says plain MLE ("nll"); public fragments of their code point to this
+    # reading, -log sigmoid(beta r) of weight max(alpha, 1), no fake term; by its types it may give "posonly_w1".
     ddo.dropped_row_loss = "posonly"
     ddo.reencode = True  # the authors found fakes in "pixel-encoded space" better
     ddo.lr = 2e-5  # not published: CCA's; constant and without warm-up, which would span a round: ours
