@@ -70,16 +70,8 @@ def make_sampler(family, settings, mesh, batch: int, streams=None, *, guide: Gui
     def streamed(params, frozen, second, labels, latents, noise):  # noise [n, steps, ...]: the batch comes first
         return program(params, frozen, second, labels, latents, jnp.swapaxes(noise, 0, 1))
 
-    def guidance(weight):
-        """(the guide's variables or None, weight), traced; None where nothing is guided."""
-        if guide is not None:
-            weight = guide.weight if weight is None else weight
-            return None if weight == 1 else ((guide.params, guide.frozen), np.float32(weight))
-        own = family.own_guidance and settings.cfg and weight is not None
-        return (None, np.float32(weight)) if own else None
-
     def sampler(params, frozen, seeds, labels, weight=None):
-        weights = guidance(weight)
+        weights = _guidance(family, settings, guide, weight)
         seeds, labels = np.asarray(seeds, np.uint32), np.asarray(labels, np.int32)
         rows = sharding.own_rows(batch)
         for i in range(0, len(seeds), batch):
@@ -94,6 +86,15 @@ def make_sampler(family, settings, mesh, batch: int, streams=None, *, guide: Gui
             yield {k: sharding.to_host(v)[:n] for k, v in record.items()}
 
     return sampler
+
+
+def _guidance(family, settings, guide: Guide | None, weight: float | None):
+    """(the guide's variables or None, weight), both traced; None where nothing, or the settings' own, guides."""
+    if guide is not None:
+        weight = guide.weight if weight is None else weight
+        return None if weight == 1 else ((guide.params, guide.frozen), np.float32(weight))
+    own = family.own_guidance and settings.cfg and weight is not None
+    return (None, np.float32(weight)) if own else None
 
 
 def reference(features: FeatureNet, images, batch: int = 4096) -> dict:
