@@ -212,6 +212,7 @@ def sampled(small, settings, labels=(0, 1, 2, 3), **extra):
     return run(nets[0], frozen, jnp.asarray(labels, jnp.int32), keys)
 
 
+@pytest.mark.slow
 def test_an_image_depends_on_its_key_and_label_alone(small):
     """Breaks if a sample changes with the batch it is made in."""
     family = small[0]
@@ -287,6 +288,7 @@ def test_cca_counts_neighbours_of_one_class_as_positive(small):
     np.testing.assert_allclose(stats["loss_fake"][0], sum(fakes) / 10, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_likelihoods_in_float32(vae, small):
     """Breaks if bfloat16 is not what runs, or log-likelihoods are summed in it."""
     c = config(vae)

@@ -107,6 +107,7 @@ def test_mirrored_images_are_tokenised_as_they_come(run, config):
     np.testing.assert_array_equal(made["image"], tools.train.read(np.arange(16))["image"])
 
 
+@pytest.mark.slow
 def test_the_reference_is_asked_once(run, start, tmp_path, monkeypatch):
     """Breaks if a kept likelihood belongs to another row, label or drop, or is asked for again."""
     phase, tools = candidate(run, tmp_path, start), run.tools
@@ -136,6 +137,7 @@ def test_the_reference_is_asked_once(run, start, tmp_path, monkeypatch):
     assert filled.sum() == 3 * 16 and (filled.sum(1) <= 1).all()
 
 
+@pytest.mark.slow
 def test_online_fakes(run, start, tmp_path):
     """Breaks if fakes are not the reference's for the labels of the data, or differ after a restart."""
     phase, tools = candidate(run, tmp_path, start), run.tools
@@ -152,6 +154,7 @@ def test_online_fakes(run, start, tmp_path):
     np.testing.assert_array_equal(pair(1, whole[1][0])[0]["image"], whole[1][1]["image"])
 
 
+@pytest.mark.slow
 def test_first_step_is_at_the_reference(run, start, tmp_path):
     """Breaks if target and reference, which are two programs here, disagree on what they score."""
     phase, tools = candidate(run, tmp_path, start), run.tools
@@ -268,6 +271,7 @@ def test_every_objective_to_its_report(run, config, start, tmp_path, fitted, obj
         assert made["num"] == 40 and made["sampler"]["reencode"] and made["sampler"]["cfg"] == 0
 
 
+@pytest.mark.slow
 def test_a_pool_of_tokens_is_read_like_the_data(run, start, tmp_path):
     """Breaks if tokens are stored as anything but themselves, or a pool's scores are kept under other rows."""
     own = run._replace(workdir=run.workdir.__class__(tmp_path), config=run.config.copy_and_resolve_references())
