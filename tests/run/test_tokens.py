@@ -258,7 +258,7 @@ def test_every_objective_to_its_report(run, config, start, tmp_path, fitted, obj
     (tmp_path / "features-digits.npz").write_bytes(fitted[1].read_bytes())
     selfplay.run(config, tmp_path)
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "| after DDO, cfg 1 |" in text and "| start (pretrained), top_k 3, top_p 0.9 |" in text
+    assert "| after DDO, cfg 1.0 |" in text and "| start (pretrained), top_k 3, top_p 0.9 |" in text
     names = {"ddo": "a10_b0.1", "cca": "cca_a10_b0.1", "mle": "mle"}
     records = files.read_jsonl(tmp_path / "rounds/001" / names[objective] / "metrics.jsonl")
     assert ("loss/mle" in records[0]) == (objective == "mle")
@@ -315,6 +315,7 @@ def test_sample_and_sweep_a_finished_run(config, tmp_path, fitted, capsys):
     assert (images(found[0.0]) != images(found[500.0])).any()
     filtered = sampling.open_generator(asked._replace(sampler={"top_k": 1}, guidance=0.0))
     assert filtered.settings[:2] == (0.0, 1)
+    capsys.readouterr()  # what the run said
     for flags, words in (
         (["--guide=x", "--guidance=2"], "x: no such file"),
         (["--rng=torch-cpu"], "--rng: 'torch-cpu'; allowed for a VAR: jax"),
