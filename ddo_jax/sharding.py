@@ -29,7 +29,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def replicate(mesh: Mesh, tree):
     """Put a small pytree onto every device."""
-    return jax.device_put(tree, replicated(mesh))
+    rule = replicated(mesh)
+
+    def put(x):
+        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.device_put(x, rule)
+        # device_put takes no keys onto the devices of other hosts
+        return jax.random.wrap_key_data(jax.device_put(jax.random.key_data(x), rule), impl=jax.random.key_impl(x))
+
+    return jax.tree.map(put, tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

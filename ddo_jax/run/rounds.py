@@ -166,6 +166,7 @@ def play_round(setup: Setup, index: int, ref):
         best = _compete(setup, name, index, ref)
         if jax.process_index() == 0:
             files.write_json(directory / "best.json", best)
+        sharding.agree(True)  # the other hosts wait until it is there
     best = files.read_json(directory / "best.json")
     if setup.config.keep == "best":
         divide(setup, [search.Task(directory / "tidy", lambda: tidy(directory, best))])
