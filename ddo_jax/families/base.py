@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ddo_jax.errors import UserError
@@ -16,6 +17,8 @@ from ddo_jax.errors import UserError
 PyTree = Any
 Examples = PyTree  # what `score` takes; every leaf has the batch as its first axis
 Draws = PyTree  # all randomness of a paired evaluation
+
+HALF = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}  # the dtypes below float32 that a config may name
 
 # config.sampler: how images are made, in rounds and for reports. A family refuses what is not its own.
 DIFFUSION_SAMPLER = dict(

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 
 from ddo_jax.core import ddo, dpm_solver, edm, samplers
 from ddo_jax.errors import UserError
-from ddo_jax.families.base import DIFFUSION_SAMPLER, VAR_SAMPLER, Family, own_settings
-
-HALF = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
+from ddo_jax.families.base import DIFFUSION_SAMPLER, HALF, VAR_SAMPLER, Family, own_settings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ddo_jax import convert
 from ddo_jax.convert import vqvae
 from ddo_jax.core import ar
 from ddo_jax.errors import UserError
-from ddo_jax.families.base import DIFFUSION_SAMPLER, VAR_SAMPLER, Family, own_settings
+from ddo_jax.families.base import DIFFUSION_SAMPLER, HALF, VAR_SAMPLER, Family, own_settings
 from ddo_jax.families.codecs import in_parts, to_unit
 from ddo_jax.models import var as networks
 from ddo_jax.models.vqvae import VQVAE
@@ -27,7 +27,6 @@ from ddo_jax.models.vqvae import VQVAE
 TOKENIZER = "var-vae"  # of the released networks
 # What config.model holds beside the arguments of the transformer; label_dim is its num_classes.
 OURS = ("arch", "img_resolution", "img_channels", "label_dim", "sigma_data", "levels", "vae", "cond_drop_rate")
-HALF = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
 TOGETHER = 8  # images a device in the tokenizer: its activations at 256 x 256 are 42 MB each
 
 
