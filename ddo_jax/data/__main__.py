@@ -38,7 +38,7 @@ def add_image_flags(p: Parser) -> None:
         "to 1.125 N, Lanczos, central square (VAR's evaluation). none (default): Lanczos of square images",
     )
     p.add_argument("--channels", type=int, default=3, metavar="C", help="3: RGB (default), 1: greyscale")
-    p.add_argument("--max_images", type=int, metavar="N", help="only the first N")
+    p.add_argument("--max_images", type=int, metavar="N", help="only the first N, evenly over the classes")
     p.add_argument("--split", default="train", help="of SRC: train (default), train[:90%%], with TFDS also test ...")
     p.add_argument("--data_dir", metavar="DIR", help="of TFDS sets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
 
@@ -48,7 +48,8 @@ def make_parser() -> Parser:
         prog="python -m ddo_jax.data",
         allow_abbrev=False,
         description="Make a set of equal images from a folder, a zip or a prepared TFDS set. Every image becomes "
-        "RGB (alpha is dropped) and lossless PNG; the order is that of the sorted names.",
+        "RGB (alpha is dropped) and lossless PNG; the order is that of the sorted names. Hidden files are never data; "
+        "subfolders are classes, in the order of their names or numbers, and the table of classes is printed.",
         epilog="python -m ddo_jax.data encode SRC DST --vae=WHAT makes a set of latents instead: see "
         "python -m ddo_jax.data encode --help (a folder named encode is ./encode).",
     )
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     encodes = argv[:1] == ["encode"]
     options = vars(encode_parser().parse_args(argv[1:]) if encodes else make_parser().parse_args(argv))
-    from ddo_jax.data import sources
+    from ddo_jax.data import labels, sources
 
     try:
         if encodes:
@@ -97,6 +98,8 @@ def main(argv: list[str] | None = None) -> None:
         fail(str(e).replace("config.data.name", "SRC"))
     shape, kind = "x".join(map(str, made.image_shape)), "latents (mean, std)" if encodes else "images"
     print(f"{path}: {len(made)} {kind} of {shape}, {made.num_classes} classes, CRC {made.fingerprint}")
+    if made.class_names:
+        print(labels.table_text(labels.class_table(made.num_classes, made.class_names, made.class_counts)))
 
 
 if __name__ == "__main__":

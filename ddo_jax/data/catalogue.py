@@ -3,14 +3,17 @@
 Nothing here looks at the network: without one TFDS waits for minutes before it says so.
 """
 
+import functools
 import re
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from etils import epath
 
-from ddo_jax.data.archives import files_crc
+from ddo_jax.data.archives import WHOLE_READ, files_crc
+from ddo_jax.data.tree import warn
 from ddo_jax.errors import UserError
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -64,17 +67,54 @@ class TfdsRecords:
                 "(latents are read from zips and folders only)"
             )
         label = features.get("label")
-        self.num_classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else 0
+        classes = isinstance(label, tfds.features.ClassLabel)
+        self.num_classes = label.num_classes if classes else 0
+        names = tuple(label.names or ()) if classes else ()
+        self.class_names = () if names == tuple(map(str, range(len(names)))) else names  # TFDS's word for unnamed
         self.name = f"tfds:{builder.info.full_name}:{split}"
         try:
             paths = builder.info.splits[split].filepaths
             self._paths = [epath.Path(p) for p in paths]
-            self._data = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+            self._data = builder.as_data_source(split, decoders={"image": _skip()})
         except (ValueError, KeyError) as e:
             known = ", ".join(sorted(builder.info.splits))
             raise UserError(f"split {split!r} of {directory}: {_line(e)}; allowed: {known}, or parts of them") from None
         except OSError as e:
             raise UserError(f"{directory}: {_line(e)}; prepare it again") from None
+        if "[" in split and self.num_classes > 1:
+            self._check_part(builder, split)
+
+    def _check_part(self, builder, split: str) -> None:
+        """Warn of a part that leaves a class out: TFDS cuts a set as it lies, which may be sorted by class."""
+        whole = split.partition("[")[0]
+        try:
+            data = builder.as_data_source(whole, decoders={"image": _skip()})
+        except (ValueError, KeyError):  # a sum of parts: TFDS took it, what the whole would be is not known
+            return
+        if self.labels is None or (labels := self._read_labels(data)) is None:
+            return
+        left_out = sorted(set(labels.tolist()) - set(self.labels.tolist()))
+        if left_out:
+            warn(
+                f"{self.name}: no image of class {left_out[0]} ({len(left_out)} such classes), which {whole} has; TFDS "
+                f"cuts a set as it lies: make a zip from {whole} with python -m ddo_jax.data and split that, per class"
+            )
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray | None:
+        """int32 [N]; None where the files exceed 1 GiB and are not read for it."""
+        return self._read_labels(self._data)
+
+    def _read_labels(self, data) -> np.ndarray | None:
+        if not self.num_classes:
+            return np.zeros(len(data), np.int32)
+        if sum(path.stat().length for path in self._paths) > WHOLE_READ:
+            return None
+        blocks = (data.__getitems__(range(i, min(i + 4096, len(data)))) for i in range(0, len(data), 4096))
+        try:
+            return np.array([record.get("label", -1) for block in blocks for record in block], np.int32).clip(-1)
+        except (OSError, ValueError, RuntimeError, IndexError, TypeError):  # damaged: reading its images will name it
+            return None
 
     def __len__(self) -> int:
         return len(self._data)
@@ -106,16 +146,25 @@ class TfdsRecords:
         return files_crc(self._paths, zlib.crc32(self.name.encode()))
 
 
+def _skip():
+    """TFDS's word for "encoded, as stored"."""
+    import tensorflow_datasets as tfds
+
+    return tfds.decode.SkipDecoding()
+
+
 def _line(e: Exception) -> str:
     return (str(e).splitlines() or [type(e).__name__])[0][:200]
 
 
-def write(directory: Path, examples: Iterable[tuple[bytes, int]], n: int, shape, num_classes: int) -> None:
+def write(
+    directory: Path, examples: Iterable[tuple[bytes, int]], n: int, shape, num_classes: int, names: tuple = ()
+) -> None:
     """Write a prepared set with one split, "train".
 
     Args:
       directory: <root>/<name>/<version>; is made. examples: n pairs (PNG, label).
-      shape: (H, W, C) of all images. num_classes: 0 leaves the labels out.
+      shape: (H, W, C) of all images. num_classes: 0 leaves the labels out. names: of the classes, by id.
     """
     import tensorflow_datasets as tfds
     from array_record.python import array_record_module
@@ -123,7 +172,9 @@ def write(directory: Path, examples: Iterable[tuple[bytes, int]], n: int, shape,
 
     features = {"image": tfds.features.Image(shape=tuple(shape), encoding_format="png")}
     if num_classes:
-        features["label"] = tfds.features.ClassLabel(num_classes=num_classes)
+        features["label"] = (
+            tfds.features.ClassLabel(names=list(names)) if names else tfds.features.ClassLabel(num_classes=num_classes)
+        )
     features = tfds.features.FeaturesDict(features)
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
     directory.mkdir(parents=True)

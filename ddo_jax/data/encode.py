@@ -108,5 +108,5 @@ def encode(src: str, dst: str, *, vae: str, batch: int = 8, precision: str = "hi
             lambda images: program(variables, sharding.put_batch(mesh, images)),
             -(-batch // mesh.size) * mesh.size,
         )
-        make.write_zip(path, made, job.records.num_classes, NAME)
+        make.write_zip(path, made, job.records.num_classes, NAME, job.records.class_names)
     return job.path

@@ -9,7 +9,15 @@ from PIL import Image
 
 from ddo_jax.errors import UserError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+# What Pillow reads of them where it is installed: some builds lack AVIF, JPEG 2000 or WebP.
+EXTENSIONS = tuple(
+    extension
+    for extension in (
+        *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"),
+        *(".tif", ".tiff", ".webp", ".avif", ".jp2", ".tga", ".qoi"),
+    )
+    if Image.registered_extensions().get(extension) in Image.OPEN
+)
 ALLOWED = "8-bit RGB or greyscale, without alpha or palette"
 _CHANNELS = {"L": 1, "RGB": 3}
 _PNG_BIT_DEPTH = 24  # offset of the byte in a PNG file; Pillow reads 16-bit RGB as 8-bit without a word

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ddo_jax.data import archives, catalogue, images, sources
+from ddo_jax.data import catalogue, images, labelling, sources, tree
 from ddo_jax.data.crops import crop_var
 from ddo_jax.errors import UserError
 
@@ -89,16 +89,21 @@ def converter(resolution: int | None, crop: str, channels: int) -> Callable[[byt
 
 
 class Job(NamedTuple):
-    """What is to be made: the path that will appear, the images, how many of them, what makes them equal."""
+    """What is to be made: the path that will appear, the images, which of them, what makes them equal."""
 
     path: Path
     records: sources.Records
-    n: int
+    indices: np.ndarray
     convert: Callable[[bytes, str], np.ndarray]
+
+    @property
+    def n(self) -> int:
+        return len(self.indices)
 
     def shape(self) -> tuple[int, ...]:
         """(H, W, C) of the first image, which the others must have."""
-        return self.convert(self.records.read([0])[0][0], self.records.where(0)).shape
+        first = int(self.indices[0])
+        return self.convert(self.records.read([first])[0][0], self.records.where(first)).shape
 
 
 def plan(
@@ -121,7 +126,15 @@ def plan(
     if max_images is not None and max_images < 1:
         raise UserError(f"--max_images={max_images}; allowed: 1 or more")
     records = sources.open_records(src, split, data_dir)
-    return Job(path, records, min(len(records), max_images or len(records)), convert)
+    return Job(path, records, first_images(records, max_images), convert)
+
+
+def first_images(records: sources.Records, limit: int | None) -> np.ndarray:
+    """Which images --max_images takes, rising: the first ones, equally many of every class while there are any."""
+    if limit is None or limit >= len(records):
+        return np.arange(len(records))
+    labels = records.labels if records.num_classes else None
+    return np.arange(limit) if labels is None else np.sort(labelling.even_order(labels)[:limit])
 
 
 def converted(job: Job, finish: Callable[[np.ndarray], Any]) -> Iterator[tuple[Any, int]]:
@@ -141,29 +154,39 @@ def converted(job: Job, finish: Callable[[np.ndarray], Any]) -> Iterator[tuple[A
         tqdm(total=job.n, unit="image", disable=None) as bar,
     ):
         for start in range(0, job.n, BLOCK):
-            block = list(range(start, min(start + BLOCK, job.n)))
+            block = job.indices[start : start + BLOCK].tolist()
             made = threads.map(one, block, *zip(*job.records.read(block), strict=True))
             for i, (shape, result, label) in zip(block, made, strict=True):
                 wanted = wanted or shape
                 if shape != wanted:
                     raise UserError(
                         f"{job.records.where(i)}: height, width, channels {shape}; allowed: {wanted} as "
-                        f"{job.records.where(0)}; set --resolution and --crop"
+                        f"{job.records.where(int(job.indices[0]))}; set --resolution and --crop"
                     )
                 yield result, label
                 bar.update()
 
 
-def write_zip(path: Path, examples: Iterable[tuple[bytes, int]], num_classes: int, name: str = "img{:08d}.png") -> None:
-    """EDM's format: stored files 00000/img00000000.png ... in order, then dataset.json with the labels."""
+def write_zip(
+    path: Path,
+    examples: Iterable[tuple[bytes, int]],
+    num_classes: int,
+    name: str = "img{:08d}.png",
+    class_names: tuple[str, ...] = (),
+) -> None:
+    """EDM's format: stored files 00000/img00000000.png ... in order, then dataset.json with the labels.
+
+    The names of the classes lie beside the labels, as "classes": other readers of the format do not look at it.
+    """
     labels = []
     with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as archive:
         for i, (data, label) in enumerate(examples):
             member = f"{i:08d}"[:5] + "/" + name.format(i)
             archive.writestr(zipfile.ZipInfo(member), data)  # a fixed date: equal input gives equal bytes
             labels.append([member, label])
-        table = json.dumps({"labels": labels if num_classes else None})
-        archive.writestr(zipfile.ZipInfo(archives.LABELS), table)
+        named = {"classes": class_names} if class_names else {}
+        table = json.dumps({"labels": labels if num_classes else None} | named)
+        archive.writestr(zipfile.ZipInfo(tree.LABELS), table)
 
 
 def target(dst: str) -> Path:
@@ -221,7 +244,8 @@ def make(src: str, dst: str, **options) -> Path:
     with appearing(job.path) as path:
         examples = converted(job, images.encode_png)
         if path.suffix == ".zip":
-            write_zip(path, examples, job.records.num_classes)
+            write_zip(path, examples, job.records.num_classes, class_names=job.records.class_names)
         else:
-            catalogue.write(path, examples, job.n, job.shape(), job.records.num_classes)
+            names = job.records.class_names
+            catalogue.write(path, examples, job.n, job.shape(), job.records.num_classes, names)
     return job.path

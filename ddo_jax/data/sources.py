@@ -1,8 +1,8 @@
 """Where real images come from: `open_source(name, split, directory)`.
 
     digits            scikit-learn's 8x8 digits, prepared on first use
-    zip:PATH          EDM's format: PNGs (EDM2: or .npy latents) and dataset.json     (or just PATH.zip)
-    folder:PATH       images or latents; one subfolder a class, or dataset.json       (or just PATH)
+    zip:PATH          EDM's format: PNGs (EDM2: or .npy latents) and dataset.json, or subfolders    (or just PATH.zip)
+    folder:PATH       images or latents; one subfolder a class, or dataset.json                     (or just PATH)
     tfds:NAME         a prepared TFDS set: cifar10, imagenet_resized/64x64, the path of a set
 
 Latents are the posterior of a VAE, mean then standard deviation (see `latents`), as float32 [H, W, 2 C].
@@ -43,6 +43,8 @@ class Source(Protocol):
     Attributes:
       name: names the set in every record, without the place where it lies.
       num_classes: 0 without labels (all labels are then 0).
+      class_names: of the classes, by id; () where nobody named them.
+      class_counts: images of every class, int64 [num_classes]; None where the set is too large to look.
       image_shape: (H, W, C).
       dtype: of the images: uint8, or float32 for latents.
       max_level: the largest pixel value there is, or can be where the set is too large to look; 0 for latents.
@@ -52,6 +54,8 @@ class Source(Protocol):
 
     name: str
     num_classes: int
+    class_names: tuple[str, ...]
+    class_counts: np.ndarray | None
     image_shape: tuple[int, ...]
     dtype: np.dtype
     max_level: int
@@ -74,7 +78,9 @@ class Records(Protocol):
 
     name: str
     num_classes: int
+    class_names: tuple[str, ...]
     latents: bool
+    labels: np.ndarray | None  # int32 [N]; None where the set is too large to look
     fingerprint: str
 
     def __len__(self) -> int: ...
@@ -84,6 +90,11 @@ class Records(Protocol):
 
     def read(self, indices: list[int]) -> list[tuple[bytes, int]]:
         """(file content, label) of each."""
+
+
+def count_classes(labels: np.ndarray | None, num_classes: int) -> np.ndarray | None:
+    """`Source.class_counts` of labels."""
+    return None if labels is None else np.bincount(labels, minlength=num_classes)[:num_classes]
 
 
 def refuse_draws(name: str, draws: np.ndarray | None) -> None:
@@ -100,9 +111,14 @@ class ArraySource:
     images: np.ndarray
     labels: np.ndarray
     num_classes: int
+    class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def class_counts(self) -> np.ndarray:
+        return count_classes(self.labels, self.num_classes)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -148,13 +164,17 @@ class EncodedSource:
     def __init__(self, records: Records):
         self._records, self._lock, self._cache = records, threading.Lock(), None
         self._threads = ThreadPoolExecutor(THREADS)
-        self.name, self.num_classes = records.name, records.num_classes
+        self.name, self.num_classes, self.class_names = records.name, records.num_classes, records.class_names
         self._decoder = latents if records.latents else images
         first = self._decoder.decode(records.read([0])[0][0], records.where(0))
         self.image_shape, self.dtype = first.shape, first.dtype
 
     def __len__(self) -> int:
         return len(self._records)
+
+    @functools.cached_property
+    def class_counts(self) -> np.ndarray | None:
+        return count_classes(self._records.labels, self.num_classes)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -206,8 +226,9 @@ class EncodedSource:
         pixels = self._decoder.decode(data, where)
         if pixels.shape != self.image_shape:
             raise UserError(
-                f"{where}: height, width, channels {pixels.shape}; allowed: {self.image_shape} "
-                f"as the first image, {self._records.where(0)}"
+                f"{where}: height, width, channels {pixels.shape}; allowed: {self.image_shape} as the first image, "
+                f"{self._records.where(0)}; make them equal with python -m ddo_jax.data SRC DST.zip --resolution=N "
+                "--crop=center"
             )
         return pixels
 
@@ -225,11 +246,16 @@ class CroppedSource:
     def __init__(self, records: Records, crop: str, resolution: int):
         self._records, self._rule, self._threads = records, f"{crop} {resolution}", ThreadPoolExecutor(THREADS)
         self.name, self.num_classes = f"{records.name}, {self._rule}", records.num_classes
+        self.class_names = records.class_names
         self.image_shape = (resolution, resolution, 3)
         self.read(np.arange(1))
 
     def __len__(self) -> int:
         return len(self._records)
+
+    @functools.cached_property
+    def class_counts(self) -> np.ndarray | None:
+        return count_classes(self._records.labels, self.num_classes)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -57,7 +57,8 @@ def test_folder_to_zip_in_the_format_of_edm(folder, tmp_path, capsys):
         table = json.loads(z.read("dataset.json"))
         with Image.open(z.open("00000/img00000000.png")) as first:
             assert (first.size, first.mode) == ((16, 16), "RGB")
-    assert table == {"labels": [[f"00000/img{i:08d}.png", i // 5] for i in range(10)]}  # ant 0, cat 1
+    labels = [[f"00000/img{i:08d}.png", i // 5] for i in range(10)]
+    assert table == {"labels": labels, "classes": ["ant", "cat"]}  # the names stay with the numbers
     source = sources.open_source(str(tmp_path / "set.zip"), "train")
     order = [1, 3, 5, 7, 9, 0, 2, 4, 6, 8]  # sorted by name
     wanted = [make.crop_center(Image.open(folder / FOLDERS[i % 2] / f"{i}.png").convert("RGB"), 16) for i in order]

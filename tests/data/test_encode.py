@@ -111,7 +111,7 @@ def test_format_of_edm2(folder, tiny, tmp_path):
         assert z.namelist() == [*names, "dataset.json"]
         table = json.loads(z.read("dataset.json"))
         stored = np.stack([np.load(z.open(name)) for name in names])
-    assert table == {"labels": [[n, i % CLASSES] for n, i in zip(names, ORDER, strict=True)]}
+    assert table["labels"] == [[n, i % CLASSES] for n, i in zip(names, ORDER, strict=True)]
     source = sources.open_source(str(tmp_path / "a.zip"), "train")
     assert (source.num_classes, source.image_shape, source.dtype) == (CLASSES, (4, 3, 4), np.float32)
     assert np.array_equal(source.read(np.arange(N))["image"], stored.transpose(0, 2, 3, 1))
