@@ -45,7 +45,18 @@ def list_folder(path: Path) -> list[str]:
     found, seen, starts = [], {}, collections.deque([path])
     while starts:
         _walk(path, starts.popleft(), found, seen, starts)
+    _say_empty(path, list(seen.values()), found)
     return sorted(found)
+
+
+def _say_empty(root: Path, folders: list[Path], files: list[str]) -> None:
+    """A word on folders without images: where others are classes, they are none."""
+    holding = {name.rpartition("/")[0] for name in files if _is_example(name)}
+    full = {parent for name in holding for parent in (Path(name), *Path(name).parents)}
+    empty = sorted(p.as_posix() for p in (folder.relative_to(root) for folder in folders) if p not in full)
+    if empty and len(full) > 1:  # the root itself is one
+        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        warn(f"{root}: no image in {len(empty)} of the folders ({shown}); they are no classes")
 
 
 def _walk(root: Path, start: Path, found: list[str], seen: dict, links: collections.deque) -> None:
@@ -62,14 +73,14 @@ def _walk(root: Path, start: Path, found: list[str], seen: dict, links: collecti
             entries = sorted(os.scandir(folder), key=lambda e: e.name)
         except OSError as e:
             raise UserError(f"{folder}: {e.strerror or e}; make it readable, or move it out of the set") from None
+        prefix = "" if folder == root else folder.relative_to(root).as_posix() + "/"
         for entry in entries:
-            name = Path(entry.path).relative_to(root).as_posix()
-            if not is_data(name):
+            if not is_data(entry.name):
                 continue
             if entry.is_dir():
-                (links if entry.is_symlink() else pending).append(Path(entry.path))
-            elif entry.is_file() or not _is_example(name):
-                found.append(name)
+                (links if entry.is_symlink() else pending).append(folder / entry.name)
+            elif entry.is_file() or not _is_example(entry.name):
+                found.append(prefix + entry.name)
             elif entry.is_symlink():
                 raise UserError(f"{entry.path}: a link to nothing; restore {os.readlink(entry.path)}, or remove it")
             else:
@@ -111,4 +122,4 @@ def left_out(names: list[str], where: str) -> None:
     if counts:
         shown = ", ".join(f"{n} {kind}" for kind, n in counts.most_common(5))
         more = ", ..." if len(counts) > 5 else ""
-        warn(f"{where}: {sum(counts.values())} files are left out ({shown}{more}); read are {' '.join(EXTENSIONS)}")
+        warn(f"{where}: left out for their names: {shown}{more}; read are {' '.join(EXTENSIONS)}")

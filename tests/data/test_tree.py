@@ -158,7 +158,7 @@ def test_other_names_of_images(tmp_path, capsys):
     files = {"a/0.png": image(1), "b/1.JFIF": image(2, "JPEG"), "b/2.jpe": image(2, "JPEG")}
     files |= {"a/3.heic": b"x", "b/4.heic": b"x", "a/none": b"x", "a/notes.txt": b"x", "a/meta.json": b"{}"}
     assert seen(folder(tmp_path / "set", files))[1] == [0, 1, 1]
-    assert "3 files are left out (2 .heic, 1 no extension)" in capsys.readouterr().err
+    assert "left out for their names: 2 .heic, 1 no extension; read are .png" in capsys.readouterr().err
     assert seen(folder(tmp_path / "quiet", {"0.png": image(1), "notes.txt": b"x"}))[0] == [1]
     assert "left out" not in capsys.readouterr().err
 
@@ -206,6 +206,16 @@ def test_splits_that_cannot_keep_a_class_are_refused(tmp_path):
             assert "no image of b (class 1), which has 1 in all; take a larger part" in str(e)
     with pytest.raises(UserError, match="no image of"):
         seen(path, "train[:1]")
+
+
+def test_folders_without_images(tmp_path, capsys):
+    """Breaks if a class folder that is empty vanishes without a word, or one is said of a flat set."""
+    path = folder(tmp_path / "set", {"a/0.png": image(1), "b/deep/0.png": image(2), "c/notes.txt": b"x"})
+    (path / "empty").mkdir()
+    assert seen(path)[2] == ("a", "b")
+    assert "no image in 2 of the folders (c, empty); they are no classes" in capsys.readouterr().err
+    flat = folder(tmp_path / "flat", {"0.png": image(1), "notes/x.txt": b"x"})
+    assert seen(flat)[1] == [0] and "no classes" not in capsys.readouterr().err
 
 
 def test_even_order():
