@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int64
 
+from ddo_jax.core.samplers import blamed, check_levels
+
 # The times are equally spaced in sigma^(1/rho); in ln sigma for infinite rho.
 GRID_RHO = {"karras": 7.0, "log": math.inf, "uniform": 1.0, "quadratic": 2.0}
 
@@ -87,6 +89,7 @@ def _check(settings: DPMSettings) -> None:
         raise ValueError(f"num_steps is {n}: DPM-Solver-v3 needs at least 1")
     if not 0 < low < high:
         raise ValueError(f"sigma_min is {low} and sigma_max is {high}: need 0 < sigma_min < sigma_max")
+    check_levels(np.array([high, low], np.float64), *blamed(settings))
     if settings.order not in (1, 2, 3):
         raise ValueError(f"order is {settings.order}: allowed are 1, 2, 3")
     if settings.grid not in GRID_RHO:
@@ -135,7 +138,9 @@ def dpm_grid(settings: DPMSettings) -> tuple[Float64[np.ndarray, "m_plus_1"], In
             f"num_steps is {n}: two times fall on one node of the grid of {m} intervals; take fewer steps (with the "
             "default settings at most 139) or more intervals"
         )
-    return first + np.arange(m + 1) * ((last - first) / m), indices
+    lam = first + np.arange(m + 1) * ((last - first) / m)
+    check_levels(np.exp(-lam[indices]), "num_steps", n)
+    return lam, indices
 
 
 def exponential_sum(lam: Float64[np.ndarray, "nodes"], k: int) -> float:

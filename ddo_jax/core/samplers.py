@@ -68,6 +68,30 @@ class HeunSchedule(NamedTuple):
     noise_std: Float64[np.ndarray, "n"]
 
 
+LEAST_SIGMA, MOST_SIGMA = 1.1e-19, 1.8e19  # networks square noise levels in float32: beyond, these are 0 or infinite
+
+
+def check_levels(sigma: Float64[np.ndarray, "n"], name: str, value: float | int) -> None:
+    """Refuse a grid of noise levels on which float32 cannot step.
+
+    Args:
+      sigma: NumPy float64 [n], the levels of the grid above 0, in their order. name, value: of the setting to blame.
+
+    Raises:
+      ValueError: a level that is not a number, below LEAST_SIGMA or above MOST_SIGMA, or one that float32 does not tell
+        from the level before it.
+
+    Example:
+      >>> check_levels(np.array([80.0, 1.0, 0.002]), "rho", 7.0)
+    """
+    inside = (sigma >= LEAST_SIGMA) & (sigma <= MOST_SIGMA)
+    if not inside.all():
+        bad = sigma[~inside][0]
+        raise ValueError(f"{name} is {value}: gives the noise level {bad:.3g}; allowed: {LEAST_SIGMA} to {MOST_SIGMA}")
+    if not (np.diff(sigma.astype(np.float32)) < 0).all():
+        raise ValueError(f"{name} is {value}: two of the {len(sigma)} noise levels are equal in float32")
+
+
 def heun_times(settings: HeunSettings) -> Float64[np.ndarray, "n_plus_1"]:
     """The time grid t_0 = sigma_max > ... > t_{n-1} = sigma_min > t_n = 0, in noise levels.
 
@@ -78,7 +102,8 @@ def heun_times(settings: HeunSettings) -> Float64[np.ndarray, "n_plus_1"]:
       [n + 1] NumPy float64: JAX without x64 would round it. With grid = "float32" all values are float32.
 
     Raises:
-      ValueError: num_steps < 2, rho <= 0, not 0 < sigma_min < sigma_max, or an unknown grid.
+      ValueError: num_steps < 2, rho <= 0, not 0 < sigma_min < sigma_max, an unknown grid, or levels that float32 does
+        not hold or tell apart.
 
     Numerics:
       grid = "float32": the ends of the ramp and their difference are rounded, the ramp is float32, its power is
@@ -99,12 +124,26 @@ def heun_times(settings: HeunSettings) -> Float64[np.ndarray, "n_plus_1"]:
         raise ValueError(f"rho is {rho}: it must be > 0")
     if settings.grid not in ("float64", "float32"):
         raise ValueError(f"grid is {settings.grid!r}: allowed are float64, float32")
+    check_levels(np.array([high, low], np.float64), *blamed(settings))
     dtype = np.dtype(settings.grid).type
-    start, end = high ** (1 / rho), low ** (1 / rho)
-    ramp = np.arange(n, dtype=dtype) / dtype(n - 1)
-    base = dtype(start) + ramp * dtype(end - start)
-    times = (base.astype(np.float64) ** rho).astype(dtype)
+    try:
+        start, end = high ** (1 / rho), low ** (1 / rho)
+    except OverflowError:
+        raise ValueError(f"rho is {rho}: sigma_max^(1/rho) is too large a number; take a larger rho") from None
+    with np.errstate(all="ignore"):  # what comes of an odd rho is looked at below
+        ramp = np.arange(n, dtype=dtype) / dtype(n - 1)
+        base = dtype(start) + ramp * dtype(end - start)
+        times = (base.astype(np.float64) ** rho).astype(dtype)
+    check_levels(times.astype(np.float64), "rho", rho)
+    if not np.allclose(times[[0, -1]], [high, low], rtol=0.1, atol=0):
+        raise ValueError(f"rho is {rho}: rounding moves the ends of the grid to {times[0]:.3g} and {times[-1]:.3g}")
     return np.append(times.astype(np.float64), 0.0)
+
+
+def blamed(settings) -> tuple[str, float | int]:
+    """(name, value) of the end of a grid that float32 does not hold, for `check_levels`."""
+    name = "sigma_max" if not settings.sigma_max <= MOST_SIGMA else "sigma_min"
+    return name, getattr(settings, name)
 
 
 def heun_schedule(settings: HeunSettings) -> HeunSchedule:
@@ -120,7 +159,7 @@ def heun_schedule(settings: HeunSettings) -> HeunSchedule:
       HeunSchedule of NumPy float64 [n]; noise_std is exactly 0 where there is no churn.
 
     Raises:
-      ValueError: as `heun_times`, or s_churn < 0.
+      ValueError: as `heun_times`; s_churn, s_noise negative or not finite; s_min or s_max not a number.
 
     Example:
       >>> schedule = heun_schedule(HeunSettings(num_steps=2, s_churn=0.5))
@@ -129,8 +168,12 @@ def heun_schedule(settings: HeunSettings) -> HeunSchedule:
 
     Reference: arXiv 2206.00364, algorithm 2.
     """
-    if not settings.s_churn >= 0:
-        raise ValueError(f"s_churn is {settings.s_churn}: it must be >= 0 (0 switches churn off)")
+    if not 0 <= settings.s_churn < math.inf:
+        raise ValueError(f"s_churn is {settings.s_churn}: it must be >= 0 (0 switches churn off) and finite")
+    if not 0 <= settings.s_noise < math.inf:
+        raise ValueError(f"s_noise is {settings.s_noise}: it must be a finite number >= 0 (1 is the usual one)")
+    if not settings.s_min < math.inf or math.isnan(settings.s_max):
+        raise ValueError(f"s_min is {settings.s_min} and s_max is {settings.s_max}: they must be noise levels")
     times = heun_times(settings)
     t, t_next = times[:-1], times[1:]
     gamma = min(settings.s_churn / settings.num_steps, math.sqrt(2) - 1)

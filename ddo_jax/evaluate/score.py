@@ -4,6 +4,7 @@ An image is a function of (parameters, settings, its seed, its label): it has it
 always runs at one fixed, padded micro-batch, so neither the request's size nor a restart changes it.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,9 +15,36 @@ import numpy as np
 from ddo_jax import sharding
 from ddo_jax.core import frechet
 from ddo_jax.data.labels import balanced_labels
+from ddo_jax.errors import UserError
 from ddo_jax.evaluate.features import FeatureNet
 
 Sampler = Callable[..., Iterator[dict[str, np.ndarray]]]
+
+
+class NotFinite(UserError):
+    """A sample that is not a number: nothing is made of it, for as uint8 it would look like an image."""
+
+
+def finite_rows(examples) -> jax.Array:
+    """bool [B]: whether all floating numbers of an example are finite; every leaf has the batch first."""
+    leaves = [x for x in jax.tree.leaves(examples) if jnp.issubdtype(x.dtype, jnp.floating)]
+    rows = [jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) for x in leaves]
+    return functools.reduce(jnp.logical_and, rows) if rows else jnp.ones(len(jax.tree.leaves(examples)[0]), bool)
+
+
+def check_finite(finite: np.ndarray, seeds: np.ndarray, labels: np.ndarray) -> None:
+    """Stop before an image is made of a sample that is none.
+
+    Raises:
+      NotFinite: names the first such seed.
+    """
+    bad = np.flatnonzero(~finite)
+    if len(bad):
+        i = bad[0]
+        raise NotFinite(
+            f"seed {seeds[i]}, label {labels[i]}: the sample is not finite ({len(bad)} of {len(finite)} images of this "
+            "batch); nothing was written of them: check the sampler's settings and guidance, the dtype, the weights"
+        )
 
 
 class Guide(NamedTuple):
@@ -46,7 +74,8 @@ def make_sampler(family, settings, mesh, batch: int, streams=None, *, guide: Gui
     Returns:
       sampler(params, frozen, seeds [N], labels [N], weight=None) -> iterator of records {"image": uint8 (or float32
       latents) [n, ...], "label": int32 [n]} on the host, n <= batch, in order; `params` placed on the mesh. weight: of
-      the guidance, in place of the guide's or the settings' own; all but "none" share one program.
+      the guidance, in place of the guide's or the settings' own; all but "none" share one program. It raises
+      NotFinite before it yields a batch with a sample that is not finite.
     """
     spread = sharding.batch_sharding(mesh)
 
@@ -56,9 +85,10 @@ def make_sampler(family, settings, mesh, batch: int, streams=None, *, guide: Gui
             other = (guide.family.guide(*second[0], labels), second[1])
         with sharding.rows_over(mesh):
             examples = family.sample((params, other), frozen, labels, latents, noise, settings)
+        finite = finite_rows(examples)
         if output == "records":
-            return family.store(frozen, examples)
-        return {"image": family.decode(frozen, examples), "label": labels}
+            return family.store(frozen, examples), finite
+        return {"image": family.decode(frozen, examples), "label": labels}, finite
 
     @jax.jit
     def seeded(params, frozen, second, seeds, labels):
@@ -78,11 +108,12 @@ def make_sampler(family, settings, mesh, batch: int, streams=None, *, guide: Gui
             n = min(batch, len(seeds) - i)
             s, y = (np.resize(x[i : i + n], batch)[rows] for x in (seeds, labels))
             if streams is None:
-                record = seeded(params, frozen, weights, *sharding.put_batch(mesh, (s, y)))
+                record, finite = seeded(params, frozen, weights, *sharding.put_batch(mesh, (s, y)))
             else:
                 latents, normals = streams(s)
                 given = sharding.put_batch(mesh, (y, latents, np.swapaxes(normals, 0, 1)))
-                record = streamed(params, frozen, weights, *given)
+                record, finite = streamed(params, frozen, weights, *given)
+            check_finite(sharding.to_host(finite)[:n], seeds[i:], labels[i:])
             yield {k: sharding.to_host(v)[:n] for k, v in record.items()}
 
     return sampler
@@ -184,6 +215,6 @@ def seed_range(purpose: str, index: int, num: int) -> np.ndarray:
     return seeds_at(purpose, index, num, np.arange(num))
 
 
-def balanced(seeds: np.ndarray, num_classes: int) -> np.ndarray:
-    """Strictly balanced labels of a seed range: by position."""
-    return balanced_labels(np.arange(len(seeds)), num_classes)
+def balanced(seeds: np.ndarray, num_classes: int, classes: np.ndarray | None = None) -> np.ndarray:
+    """Strictly balanced labels of a seed range: by position; over `classes` (ids) where not all have images."""
+    return balanced_labels(np.arange(len(seeds)), num_classes, classes)

@@ -3,6 +3,8 @@
 The paper's trade-off of FID and Inception Score over the strength of guidance, as a table and a picture.
 """
 
+import math
+
 from matplotlib.figure import Figure
 
 from ddo_jax.errors import UserError
@@ -27,6 +29,8 @@ def parse(text: str, kinds: dict) -> tuple[str, list]:
         raise UserError(f"--sweep: {key!r}; allowed: {', '.join(kinds)}, as in guidance=0,0.5,1.0")
     try:
         found = [kinds[key](value) for value in values.split(",")]
+        if not all(map(math.isfinite, found)):
+            raise ValueError
     except ValueError:
         raise UserError(f"--sweep: {text!r}; allowed: numbers ({kinds[key].__name__}), as in {key}=0,1,2") from None
     if len(found) < 2 or len(set(found)) < len(found):

@@ -149,7 +149,7 @@ class Diffusion:
                 dpm_solver.dpm_schedule(settings)
                 return settings
             raise ValueError(f"solver is {solver!r}; allowed: heun, dpmv3")
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, ArithmeticError) as e:
             raise UserError(f"config.sampler: {e}") from None
 
     def fake_settings(self, settings):

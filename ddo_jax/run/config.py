@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_dict
 
 from ddo_jax.core.ar import DROPPED_ROW_LOSSES
 from ddo_jax.core.phema import MAX_STD
+from ddo_jax.core.samplers import MOST_SIGMA
 from ddo_jax.data.crops import CROPS
 from ddo_jax.errors import UserError
 from ddo_jax.families.base import DIFFUSION_SAMPLER, VAR_SAMPLER
@@ -108,6 +109,7 @@ def base() -> ConfigDict:
                 length=_duration(),  # of one round
                 alpha=(4.0,),  # the grid of every round is alpha x beta; objective cca: alpha is its lambda
                 beta=(0.05,),
+                pool_labels="balanced",  # of the pool's fakes: balanced over the classes | data: the data's frequencies
                 pool=50_000,  # fakes per round, sampled before it; 0: the reference makes every step's fakes as it goes
                 # var: rows whose label is dropped have no fake term; how their real one counts is not certain. The
                 # authors' text says that they train by MLE: "nll". Public fragments of their code point to "posonly"
@@ -197,6 +199,17 @@ def _require(ok: bool, key: str, value, allowed: str) -> None:
         raise UserError(f"config.{key}: {value!r}; allowed: {allowed}")
 
 
+def _numbers(value) -> Iterator[float]:
+    """The numbers in a value of a config, at any depth."""
+    if isinstance(value, dict | ConfigDict):
+        value = [value[key] for key in value]
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _numbers(part)
+    elif isinstance(value, float):
+        yield value
+
+
 def _check_keys_and_types(config) -> None:
     """Every key and type against `base()`; config.model may carry arguments of its architecture."""
     known = dict(leaves(base()))
@@ -206,7 +219,7 @@ def _check_keys_and_types(config) -> None:
                 continue  # checked by the network itself
             raise UserError(f"config.{key}: unknown key{nearest(key, known)}")
         default = known[key]
-        if default is None or value is None:
+        if default is None or (value is None and key == "data.crop"):  # whose own check lists what it may be
             continue
         number = isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool)
         _require(number or type(value) is type(default), key, value, f"a {type(default).__name__}")
@@ -224,8 +237,13 @@ def _check_phase(config, phase: str) -> None:
         c.accumulation,
         f"a divisor of {phase}.batch = {c.batch}",
     )
-    for key in ("lr", "p_std"):
+    for key in ("lr", "p_std", "eps"):
         _require(0 < c[key] < math.inf, f"{phase}.{key}", c[key], "a finite number above 0")
+    for key in ("b1", "b2"):
+        _require(0 <= c[key] < 1, f"{phase}.{key}", c[key], "0 to below 1")
+    allowed = f"{-MOST_LOG_SIGMA:.1f} to {MOST_LOG_SIGMA:.1f}, or noise levels overflow"
+    _require(abs(c.p_mean) <= MOST_LOG_SIGMA, f"{phase}.p_mean", c.p_mean, allowed)
+    _check_noise(f"{phase}.p_std", c.p_mean, c.p_std)
     for key in ("ema_mimg", "ema_rampup", "final_lr", "start_lr", "t_ref", "clip", "weight_decay"):
         _require(c[key] >= 0, f"{phase}.{key}", c[key], "0 or more")
     _require(0 <= c.hold < 1, f"{phase}.hold", c.hold, "0 to below 1")
@@ -238,9 +256,19 @@ def _check_phase(config, phase: str) -> None:
     for key in ("warmup", "eval_every", "save_every", "snapshot_every", "length"):
         if key in c:
             for unit, value in c[key].items():
-                _require(value is None or value > 0, f"{phase}.{key}.{unit}", value, "above 0, or unset")
+                ok = value is None or 0 < value < math.inf
+                _require(ok, f"{phase}.{key}.{unit}", value, "a finite number above 0, or unset")
             steps(c[key], c.batch, 1, f"{phase}.{key}")
     _check_emas(c, phase)
+
+
+MOST_LOG_SIGMA = math.log(MOST_SIGMA)
+
+
+def _check_noise(key: str, p_mean: float, p_std: float) -> None:
+    """sigma = exp(P_mean + P_std n), and float32 must hold its square; |n| > 6 comes once in 500 million draws."""
+    allowed = f"P_mean {p_mean} plus and minus 6 P_std within {MOST_LOG_SIGMA:.1f}, or noise levels overflow"
+    _require(abs(p_mean) + 6 * p_std <= MOST_LOG_SIGMA, key, p_std, allowed)
 
 
 def _number(value) -> bool:
@@ -295,13 +323,23 @@ def _check_also(config) -> None:
             _require(same, f"eval.also: {key}", value, f"a {type(default).__name__}")
 
 
-def _check_p_std_from(pairs) -> None:
+def _check_p_std_from(pairs, p_mean: float) -> None:
     allowed = "(round, P_std) with rounds from 1 on in rising order and P_std above 0, as in ((17, 3.0),)"
     last = 0
     for pair in pairs:
         shaped = isinstance(pair, tuple | list) and len(pair) == 2 and type(pair[0]) is int and _number(pair[1])
         _require(shaped and pair[0] > last and 0 < pair[1] < math.inf, "ddo.p_std_from", pair, allowed)
+        _check_noise("ddo.p_std_from", p_mean, pair[1])
         last = pair[0]
+
+
+def _check_model(model) -> None:
+    """What every network has; its other arguments are checked by itself."""
+    _require(2 <= model.levels <= 256, "model.levels", model.levels, "2 to 256")
+    allowed = f"1 / {MOST_SIGMA:g} to {MOST_SIGMA:g}"
+    _require(1 / MOST_SIGMA <= model.sigma_data <= MOST_SIGMA, "model.sigma_data", model.sigma_data, allowed)
+    dropout = model.get("dropout", 0)
+    _require(_number(dropout) and 0 <= dropout < 1, "model.dropout", dropout, "0 to below 1")
 
 
 def _check_grids(config) -> None:
@@ -309,12 +347,12 @@ def _check_grids(config) -> None:
         grid = config.ddo[key]
         _require(len(grid) > 0, f"ddo.{key}", grid, "at least one value")
         for value in grid:
-            ok = isinstance(value, int | float) and 0 < value < math.inf
+            ok = _number(value) and 0 < value < math.inf
             _require(ok, f"ddo.{key}", value, "finite numbers above 0, as in --config.ddo.alpha='(2.0, 4.0)'")
     if config.control.enabled:
         _require(config.control.factor >= 1, "control.factor", config.control.factor, "at least 1")
         lrs = config.control.lrs
-        ok = len(lrs) > 0 and all(isinstance(lr, int | float) and 0 < lr < math.inf for lr in lrs)
+        ok = len(lrs) > 0 and all(_number(lr) and 0 < lr < math.inf for lr in lrs)
         _require(ok, "control.lrs", lrs, "finite numbers above 0")
 
 
@@ -337,17 +375,21 @@ def validate(config, devices: int) -> None:
     for phase in ("pretrain", "ddo", "control"):
         _check_phase(config, phase)
     _check_grids(config)
-    _check_p_std_from(config.ddo.p_std_from)
+    _check_p_std_from(config.ddo.p_std_from, config.ddo.p_mean)
     _check_also(config)
     _require(0 <= config.seed < 2**31, "seed", config.seed, "0 or more, below 2^31")
     _require(config.lease_s >= 10, "lease_s", config.lease_s, "at least 10")
-    _require(2 <= config.model.levels <= 256, "model.levels", config.model.levels, "2 to 256")
+    _check_model(config.model)
     _require(config.ddo.rounds >= 0, "ddo.rounds", config.ddo.rounds, "0 or more")
     needed = ["ddo.length", "ddo.eval_every"] if config.ddo.rounds else []  # evaluations select the best
     needed += ["control.eval_every"] if config.ddo.rounds and config.control.enabled else []
     for key in needed:
         phase, name = key.split(".")
         _require(steps(config[phase][name], 1, 1, key) is not None, key, "unset", "a duration")
+    labels, allowed = config.ddo.pool_labels, "balanced, data"
+    if not config.ddo.pool or config.objective != "ddo":
+        allowed = "balanced: there is no pool, fakes have the labels of the real rows beside them"
+    _require(labels in allowed.split(":")[0].split(", "), "ddo.pool_labels", labels, allowed)
     _require(config.ddo.pool >= 0, "ddo.pool", config.ddo.pool, "at least 1, or 0 for fakes made as training goes")
     scratch = config.init == "scratch"
     _require(
@@ -368,3 +410,5 @@ def validate(config, devices: int) -> None:
         value = config.eval[key]
         _require(value is None or value >= 2, f"eval.{key}", value, "at least 2")
     _require(config.eval.report_seeds >= 1, "eval.report_seeds", config.eval.report_seeds, "at least 1")
+    for key, value in leaves(config):
+        _require(all(map(math.isfinite, _numbers(value))), key, value, "finite numbers")

@@ -16,6 +16,7 @@ from ddo_jax import files, sharding
 from ddo_jax.core import ddo
 from ddo_jax.data.pipeline import batches
 from ddo_jax.errors import UserError
+from ddo_jax.evaluate.score import NotFinite
 from ddo_jax.run import asked, record, snapshots, state, step
 from ddo_jax.run import config as configs
 from ddo_jax.run.checkpoint import Checkpoints
@@ -247,7 +248,10 @@ class _Loop:
     def save(self, done: int, training_state, evaluate: bool) -> None:
         phase, tools, score = self.phase, self.tools, None
         if evaluate:
-            found, images = tools.evaluate(training_state["ema"], phase.name, done, "select", phase.select)
+            try:
+                found, images = tools.evaluate(training_state["ema"], phase.name, done, "select", phase.select)
+            except NotFinite as e:  # weights can grow until they overflow in the sampler before the loss does
+                raise Diverged(f"{phase.name}, step {done}: {e}; no checkpoint was overwritten") from None
             if jax.process_index() == 0:
                 directory = phase.directory / "samples"
                 directory.mkdir(exist_ok=True)

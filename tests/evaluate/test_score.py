@@ -1,8 +1,10 @@
 """Generate and score: distances, the fixed padded micro-batch, seed ranges."""
 
 import itertools
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -103,6 +105,37 @@ def test_image_is_a_function_of_seed_and_label(sampler):
     for rows in ([5], list(range(9, 16)), list(range(15, -1, -1))):
         (part,) = sampler(seeds[rows], labels[rows])
         np.testing.assert_array_equal(part["image"], whole["image"][rows])
+
+
+@pytest.mark.parametrize("output", ["images", "records"])
+def test_a_sample_that_is_not_finite_is_no_image(output):
+    """Breaks if NaN becomes a grey level, or the message names another seed; a batch before it is delivered."""
+
+    def sample(nets, frozen, labels, latents, noise, settings):
+        wrong = jnp.where(labels == 3, jnp.where(latents[:, 0] > 0, jnp.nan, jnp.inf), 0.0)
+        return {"x": latents + wrong[:, None], "label": labels}
+
+    family = SimpleNamespace(
+        own_guidance=False,
+        sample=sample,
+        latents=jax.vmap(lambda key: jax.random.normal(key, (4,))),
+        decode=lambda frozen, examples: examples["x"].astype(jnp.uint8),
+        store=lambda frozen, examples: examples,
+    )
+    run = score.make_sampler(family, None, sharding.make_mesh(), 8, output=output)
+    records = run({}, {}, np.arange(100, 116), np.where(np.arange(16) % 8 == 5, np.arange(16) // 8 * 3, 1))
+    assert len(next(records)["label"]) == 8
+    with pytest.raises(score.NotFinite, match=r"seed 113, label 3: the sample is not finite \(1 of 8 images"):
+        next(records)
+
+
+def test_finite_rows():
+    """Breaks if one infinite number of an example is missed, or tokens are taken for numbers."""
+    x = np.zeros((3, 2, 2), np.float32)
+    x[1, 1, 0], y = np.inf, np.array([0, 0, np.nan], np.float16)
+    tokens = np.zeros((3, 5), np.int32)
+    assert score.finite_rows({"x": jnp.asarray(x), "y": jnp.asarray(y), "t": tokens}).tolist() == [True, False, False]
+    assert score.finite_rows({"t": jnp.asarray(tokens)}).tolist() == [True] * 3
 
 
 def test_long_requests_come_in_order(sampler):
