@@ -8,9 +8,9 @@
 Exit codes: 0 done, 2 something the user can mend (one line says what).
 """
 
-import argparse
 import sys
 
+from ddo_jax.arguments import PathParser
 from ddo_jax.errors import UserError
 
 
@@ -19,7 +19,7 @@ def fail(message: str):
     sys.exit(2)
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(PathParser):
     """argparse, with errors in one line."""
 
     def error(self, message):
@@ -38,6 +38,13 @@ def add_image_flags(p: Parser) -> None:
         "to 1.125 N, Lanczos, central square (VAR's evaluation). none (default): Lanczos of square images",
     )
     p.add_argument("--channels", type=int, default=3, metavar="C", help="3: RGB (default), 1: greyscale")
+    p.add_argument(
+        "--exif",
+        default="apply",
+        metavar="HOW",
+        help="apply (default): photographs are turned upright by their EXIF orientation. ignore: pixels as they lie, "
+        "as EDM's and ADM's ImageNet was made",
+    )
     p.add_argument("--max_images", type=int, metavar="N", help="only the first N, evenly over the classes")
     p.add_argument("--split", default="train", help="of SRC: train (default), train[:90%%], with TFDS also test ...")
     p.add_argument("--data_dir", metavar="DIR", help="of TFDS sets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
@@ -97,9 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as e:
         fail(str(e).replace("config.data.name", "SRC"))
     shape, kind = "x".join(map(str, made.image_shape)), "latents (mean, std)" if encodes else "images"
-    print(f"{path}: {len(made)} {kind} of {shape}, {made.num_classes} classes, CRC {made.fingerprint}")
-    if made.class_names:
-        print(labels.table_text(labels.class_table(made.num_classes, made.class_names, made.class_counts)))
+    named = labels.table_line(labels.class_table(made.num_classes, made.class_names, made.class_counts))
+    print(f"{path}: {len(made)} {kind} of {shape}, {made.num_classes} classes, CRC {made.fingerprint}{named}")
 
 
 if __name__ == "__main__":

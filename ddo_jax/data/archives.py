@@ -36,10 +36,13 @@ class _Files:
             path, prefix = found
             text, inner = self._bytes(path), [n.removeprefix(prefix) for n in names]
             whole = labelling.parse_labels(text, inner, self._at(path))
-        elif labelled:
-            whole = labelling.folder_labels(names, where)
         else:
-            whole = labelling.unlabelled(len(names))
+            try:
+                whole = labelling.folder_labels(names, where)
+            except UserError:
+                if labelled:
+                    raise
+                whole = labelling.unlabelled(len(names))
         self.name = f"{name}:{split}"
         chosen = labelling.split_indices(split, len(names), self.name, whole)
         self._names, self.labels = [names[i] for i in chosen], whole.labels[chosen]
@@ -65,8 +68,8 @@ class ZipRecords(_Files):
     """Encoded images of a zip; with `allow_latents` also latents.
 
     Args:
-      labelled: False where labels are not needed: they are then those of dataset.json beside all files, or none, and
-        images may lie at any depth.
+      labelled: False where images are only looked at: subfolders that are no classes are read all the same, and a
+        dataset.json in one of them is no matter.
 
     Raises:
       UserError: no whole zip of images, see `tree.example_names`, `labelling`.

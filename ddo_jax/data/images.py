@@ -5,7 +5,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ddo_jax.errors import UserError
 
@@ -62,18 +62,38 @@ def decode(data: bytes, where: str) -> np.ndarray:
     return np.asarray(image).reshape(image.height, image.width, _CHANNELS[image.mode])
 
 
-def convert(data: bytes, where: str, mode: str) -> Image.Image:
+def convert(data: bytes, where: str, mode: str, *, turn: bool = False) -> Image.Image:
     """An encoded image of any mode as "RGB" or "L"; alpha is dropped.
+
+    turn: as a person sees it, by its EXIF orientation; else as the pixels lie, which is how ImageNet is read.
 
     Raises:
       UserError: as `open_image`, or a mode that Pillow cannot convert; names `where`.
     """
     image, seen = open_image(data, where)
+    if turn:
+        image = _turned(image)
     image.info.pop("transparency", None)  # or Pillow warns that alpha is dropped
     try:
         return image.convert(mode)
     except ValueError as e:
         raise UserError(f"{where}: {seen}: {e}; save it as RGB") from None
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except (OSError, ValueError, TypeError, SyntaxError, KeyError, struct.error, zlib.error):  # damaged EXIF data
+        return image
+
+
+def lossy_kind(data: bytes) -> str:
+    """How an encoded image lost detail, by its first bytes: "JPEG", "WebP", "AVIF"; "" where it lost nothing."""
+    if data[:3] == b"\xff\xd8\xff":
+        return "JPEG"
+    if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8 ":
+        return "WebP"
+    return "AVIF" if data[4:12] in (b"ftypavif", b"ftypavis") else ""
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

@@ -93,6 +93,18 @@ def table_text(table: list[dict]) -> str:
     return "\n".join(lines + ([f"... and {len(rows) - len(shown)} more"] if len(rows) > len(shown) else []))
 
 
+def table_line(table: list[dict]) -> str:
+    """The named classes of a table in one line; "" where nobody named them.
+
+    >>> table_line(class_table(2, ("cat", "dog"), np.array([190, 10])))
+    '; cat is class 0 (190 images), dog is class 1 (10 images)'
+    """
+    if not table or table[0]["name"] is None:
+        return ""
+    shown = [f"{row['name']} is class {row['id']} ({row['images']} images)" for row in table[:SHOWN]]
+    return "; " + ", ".join(shown) + (f" and {len(table) - SHOWN} more" if len(table) > SHOWN else "")
+
+
 def named_classes(rule: str, num_classes: int, names: tuple[str, ...]) -> list[int]:
     """The classes that `--labels` names: ids and names, one or several, "3,5", "cat", "cat,5".
 

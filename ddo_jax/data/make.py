@@ -24,6 +24,7 @@ from ddo_jax.errors import UserError
 
 BLOCK = 256  # images in work at a time
 MODES = {1: "L", 3: "RGB"}
+EXIF = ("apply", "ignore")
 
 
 def center_box(image: Image.Image, size: int) -> Image.Image:
@@ -61,14 +62,18 @@ def no_crop(image: Image.Image, size: int) -> Image.Image:
 CROPS = {"center": crop_center, "center-dhariwal": crop_center_dhariwal, "none": no_crop, "var": crop_var}
 
 
-def converter(resolution: int | None, crop: str, channels: int) -> Callable[[bytes, str], np.ndarray]:
-    """convert(file content, where) -> uint8 [H, W, C]: colours first (alpha is dropped), then size.
+def converter(
+    resolution: int | None, crop: str, channels: int, exif: str = "apply"
+) -> Callable[[bytes, str], np.ndarray]:
+    """convert(file content, where) -> uint8 [H, W, C]: turned upright and colours first (alpha is dropped), then size.
 
     Raises:
       UserError: here for options that do not go together; in `convert` for a bad image, which is named.
     """
     if crop not in CROPS:
         raise UserError(f"--crop={crop}; allowed: {', '.join(CROPS)}")
+    if exif not in EXIF:
+        raise UserError(f"--exif={exif}; allowed: {', '.join(EXIF)}")
     if channels not in MODES:
         raise UserError(f"--channels={channels}; allowed: 3 (RGB) or 1 (greyscale)")
     if resolution is None and crop != "none":
@@ -77,7 +82,7 @@ def converter(resolution: int | None, crop: str, channels: int) -> Callable[[byt
         raise UserError(f"--resolution={resolution}; allowed: 1 or more pixels")
 
     def convert(data: bytes, where: str) -> np.ndarray:
-        image = images.convert(data, where, MODES[channels])
+        image = images.convert(data, where, MODES[channels], turn=exif == "apply")
         if resolution is not None:
             try:
                 image = CROPS[crop](image, resolution)
@@ -116,13 +121,14 @@ def plan(
     crop: str = "none",
     channels: int = 3,
     max_images: int | None = None,
+    exif: str = "apply",
 ) -> Job:
     """The options of `python -m ddo_jax.data`, checked; nothing is made yet.
 
     Raises:
       UserError: an option that is not allowed, a missing or unusable SRC, a DST that exists.
     """
-    path, convert = target(dst), converter(resolution, crop, channels)
+    path, convert = target(dst), converter(resolution, crop, channels, exif)
     if max_images is not None and max_images < 1:
         raise UserError(f"--max_images={max_images}; allowed: 1 or more")
     records = sources.open_records(src, split, data_dir)
@@ -204,7 +210,7 @@ def target(dst: str) -> Path:
                 f"seen: {path.parent.name!r}; or end DST in .zip"
             )
     if path.exists():
-        raise UserError(f"DST {path} exists; nothing is overwritten: remove it or take another name")
+        raise UserError(f"DST {path} exists; nothing is overwritten: take another name, or move it aside")
     return path
 
 

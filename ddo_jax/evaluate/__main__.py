@@ -9,7 +9,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +42,9 @@ def parser() -> Parser:
         "--seeds", action="append", metavar="RANGE", help="as in 0-49999 (default); repeated: minimum, mean, deviation"
     )
     p.add_argument("--num", type=int, help="only so many images: the first seeds; of files a random choice, seed 0")
-    p.add_argument("--labels", default="balanced", help="balanced (by position), random (by seed), or a class id")
+    p.add_argument(
+        "--labels", default="balanced", help="balanced (by position), random (by seed), or classes, as in 3,5 or cat"
+    )
     add_sampler_flags(p)
     p.add_argument(
         "--sweep", metavar="KEY=V1,V2", help="guidance=0,0.5,1 (or another sampler setting): a table and a picture"
@@ -69,7 +71,7 @@ class Job(NamedTuple):
 
     Attributes:
       name: heads its column. num, shape, levels, num_classes: of the images. records: the images, once.
-      protocol: how they were made.
+      protocol: how they were made. lossy: see `image_sets.ImageSet`.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Job(NamedTuple):
     num_classes: int
     records: Iterable[dict]
     protocol: dict
+    lossy: Collection[str] = ()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -100,6 +103,7 @@ def image_job(what: str, num: int | None, levels: int) -> Job:
         images.num_classes,
         images.records(collect.CHUNK),
         made,
+        images.lossy,
     )
 
 
@@ -113,7 +117,8 @@ def checkpoint_jobs(args) -> list[Job]:
         raise UserError(f"--num: {args.num}, but --seeds={short[0]} has fewer")
     if args.num:
         seeds = [s[: args.num] for s in seeds]
-        ranges = [f"{s[0]}-{s[-1]}" for s in seeds]
+    ranges = [sampling.seeds_text(s) for s in seeds]
+    sampling.check_apart(seeds)
     asked = request(args, seeds[0])
     if args.sweep:
         key, _ = swept(args)
@@ -148,7 +153,7 @@ def generated(asked, model, text: str, seeds, name: str) -> Job:
         "quantised_to": f"uint8, {family.levels} levels",
         "seeds": text,
     }
-    labels = sampling.labels_of(asked, seeds, family)  # by its own positions, whatever the other ranges
+    labels = sampling.labels_of(asked, seeds, family, model.classes)  # by its own positions, whatever the other ranges
     shape = family.image_shape
     return Job(name, len(seeds), shape, family.levels, family.num_classes, records(seeds, labels), made)
 
@@ -167,7 +172,7 @@ def check_keep(args) -> None:
     if path.suffix == ".npz" and len(args.seeds or ()) > 1:
         raise UserError(f"--keep: {args.keep} holds one range of seeds, {len(args.seeds)} are given; take a folder")
     if path.suffix == ".npz" and path.exists():
-        raise UserError(f"--keep: {args.keep} exists; remove it or take another name")
+        raise UserError(f"--keep: {args.keep} exists; take another name, or move it aside")
 
 
 def kept(job: Job, keep: str | None) -> Iterator[dict]:
@@ -188,8 +193,7 @@ def kept(job: Job, keep: str | None) -> Iterator[dict]:
         try:
             for record in job.records:
                 pixels = image_sets.to_levels(record["image"], job.levels, 256)
-                grey = path.suffix == ".npz" and pixels.shape[-1] == 1
-                writer.add(record, np.repeat(pixels, 3, axis=-1) if grey else pixels)
+                writer.add(record, image_sets.in_colour(pixels) if path.suffix == ".npz" else pixels)
                 yield record
         except BaseException:
             writer.abort()
@@ -235,15 +239,13 @@ def load_networks(args, wanted: list[str]) -> dict:
     for owner, (name, weights) in asked.items():
         train = sources.open_source("digits", "train", args.data_dir) if name == "digits" else None
         cache = str(references.cache_dir()) if name == "digits" else None
-        if cache:
-            Path(cache).mkdir(parents=True, exist_ok=True)
         networks[owner] = features.get_features(name, train, cache, weights)
     return networks
 
 
 def protocol(args, job: Job, wanted, collected, reference, networks, real) -> dict:
     """How a number was made."""
-    from ddo_jax.evaluate import collect
+    from ddo_jax.evaluate import collect, image_sets
     from ddo_jax.run import prepare
 
     names = {collect.MAIN: args.network, collect.DINOV2: "dinov2"}
@@ -253,6 +255,7 @@ def protocol(args, job: Job, wanted, collected, reference, networks, real) -> di
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **job.protocol,
         "class_balance": balance(job, collected.labels),
+        **image_sets.stored(job.name, job.shape, job.lossy, None if reference is None else reference.shape),
         "reference": None,
         "features": {names[o]: f"{n.name} {n.digest}" for o, n in networks.items()},
         "resize": {names[o]: RESIZE[names[o]] for o in networks},
@@ -326,6 +329,17 @@ def append(path: str, record: dict) -> None:
             f.write((b"\n" if torn else b"") + json.dumps(record, default=float).encode() + b"\n")
     except OSError as e:
         raise UserError(f"--out: {path}: {e.strerror or e}; must name a file that can be written") from None
+
+
+def record(path: str, records: list[dict]) -> list[dict]:
+    """`append` those that can be written; the others."""
+    left = []
+    for made in records:
+        try:
+            append(path, made)
+        except UserError:
+            left.append(made)
+    return left
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:
@@ -413,7 +427,7 @@ def evaluate(args) -> None:
         reference = references.open_reference(args.ref, lengths, networks, levels, args.split, args.data_dir)
     if {"pr", "kid"} & set(wanted):
         real = collect.features_of(networks[collect.MAIN], reference.real, levels)
-    columns = {}
+    columns, records = {}, []
     for job in jobs:
         if job.num < collect.FULL:
             print(f"note: {job.name}: {job.num} images: compare only with the same number", file=sys.stderr)
@@ -425,32 +439,34 @@ def evaluate(args) -> None:
             interval, how = compare(args, collected, reference, networks, wanted, levels)
             values, made = values | interval, made | how
         columns[job.name] = values
+        what = args.checkpoint or args.images
+        records.append({"what": what, "metric": next(iter(values)), **values, "protocol": made})
         if jax.process_index() == 0:
-            append(
-                args.out,
-                {"what": args.checkpoint or args.images, "metric": next(iter(values)), **values, "protocol": made},
-            )
+            records = record(args.out, records)
     if jax.process_index() == 0:
         against = f"against {reference.name} {reference.digest}, " if reference else ""
         nets = ", ".join(f"{n.name} {n.digest}" for n in networks.values())
         print(f"{args.checkpoint or args.images}: {jobs[0].num} images a set, {against}{nets}")
         print(trade_off(args, columns) if args.sweep else table(columns))
+        for left in records:  # the numbers stand above, whatever becomes of the file
+            append(args.out, left)
         print(f"recorded in {args.out}")
 
 
 def trade_off(args, columns: dict) -> str:
-    """The table of a sweep; its picture is written."""
+    """Prints the table of a sweep; its picture is written, and the words below it are returned."""
     from ddo_jax.evaluate import sweep
 
     key, values = swept(args)
     rows = dict(zip(values, columns.values(), strict=True))
     path = Path(args.plot or Path(args.out).with_name(f"sweep-{key}.png"))
+    print(sweep.table(key, rows))  # before the picture, which may not be written
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep.figure(key, rows, f"{args.checkpoint}, {key}").savefig(path, dpi=120)
     except (OSError, ValueError) as e:  # ValueError: a format that matplotlib does not know
         raise UserError(f"--plot: {path}: {e}; must name a .png that can be written") from None
-    return f"{sweep.table(key, rows)}\n* best of its column; picture: {path}"
+    return f"* best of its column; picture: {path}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,10 +3,11 @@
 import dataclasses
 import math
 import os
+import sys
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from ddo_jax import files
-from ddo_jax.data import archives, images, pool, sources
+from ddo_jax.data import archives, images, pool, sources, tree
 from ddo_jax.errors import UserError
 
 
@@ -28,6 +29,7 @@ class ImageSet:
       records: size -> iterator of {"image": uint8 [n, H, W, C], "label": int32 [n] (of subfolders where nothing
         better is known), "id": n names}, n <= size.
       content: of the file, where it is known without reading the images.
+      lossy: kinds of files that lost detail ("JPEG"); filled as images are read.
     """
 
     name: str
@@ -37,13 +39,23 @@ class ImageSet:
     num_classes: int
     records: Callable[[int], Iterator[dict]]
     content: str = ""
+    lossy: set[str] = dataclasses.field(default_factory=set)
 
 
 class Streamed(sources.EncodedSource):
-    """Images that are read once: nothing is kept."""
+    """Images that are read once: nothing is kept but the kinds of files that lost detail, in `lossy`."""
+
+    def __init__(self, records):
+        self.lossy = set()
+        super().__init__(records)
 
     def _fits(self) -> bool:
         return False
+
+    def _decode(self, data: bytes, i: int) -> np.ndarray:
+        if kind := images.lossy_kind(data):
+            self.lossy.add(kind)
+        return super()._decode(data, i)
 
 
 def chosen(n: int, num: int | None) -> np.ndarray:
@@ -71,7 +83,7 @@ def _encoded(records, labelled: bool, num: int | None) -> ImageSet:
             yield source.read(rows) | {"id": [name.rsplit(".", 1)[0] for name in names]}
 
     classes = records.num_classes if labelled else 0
-    return ImageSet(records.name, len(indices), source.image_shape, 256, classes, read)
+    return ImageSet(records.name, len(indices), source.image_shape, 256, classes, read, lossy=source.lossy)
 
 
 def of_source(source, limit: int | None = None, levels: int = 256) -> ImageSet:
@@ -197,7 +209,7 @@ def of_pool(directory: Path, num: int | None = None, levels: int = 256) -> Image
     Raises:
       UserError: a damaged chunk, latents instead of images, or chunks of different shapes.
     """
-    paths = [epath.Path(p) for p in sorted(directory.glob("chunk-*.npz"))]
+    paths = files.matching(directory, "chunk-*.npz")
     first, labels = pool.read_chunk(paths[0])
     if first.dtype != np.uint8 or first.ndim != 4:
         raise UserError(
@@ -253,17 +265,40 @@ def open_images(what: str, num: int | None = None, pool_levels: int = 256) -> Im
     """
     path = Path(what).expanduser()
     if path.is_dir():
-        if any(path.glob("chunk-*.npz")):
+        if files.matching(path, "chunk-*.npz"):
             return of_pool(path, num, pool_levels)
-        return _encoded(archives.FolderRecords(path, "train"), (path / archives.LABELS).exists(), num)
+        records = archives.FolderRecords(path, "train", labelled=False)
+        return _encoded(records, (path / tree.LABELS).exists(), num)
     if not path.exists():
         raise UserError(f"--images: {what}: no such folder or file; allowed: a folder, zip, npz or pool of images")
     if is_npz(path):
         return of_npz(path, num)
-    records = archives.ZipRecords(path, "train")
+    records = archives.ZipRecords(path, "train", labelled=False)
     with zipfile.ZipFile(path) as archive:
-        labelled = archives.LABELS in archive.namelist()
+        labelled = tree.LABELS in archive.namelist()
     return _encoded(records, labelled, num)
+
+
+def stored(name: str, shape: tuple[int, ...], lossy: Collection[str], reference: tuple[int, ...] | None) -> dict:
+    """What of the images' own size and files a number depends on, for its protocol; a word on stderr if unusual.
+
+    Args:
+      name, shape, lossy: of the scored set. reference: shape of the reference's images, or None if not known.
+    """
+    found = {"size": "x".join(map(str, shape))}
+    if reference is not None and tuple(reference[:2]) != tuple(shape[:2]):
+        found["size"] += f", the reference's {'x'.join(map(str, reference))}"
+        print(f"note: {name}: images of {found['size']}: sizes differ, and resizing shows in scores", file=sys.stderr)
+    if lossy:
+        found["files"] = f"lossy: {', '.join(sorted(lossy))}"
+        text = f"note: {name}: {found['files']}: compression changes distances; keep samples as PNG or .npz"
+        print(text, file=sys.stderr)
+    return found
+
+
+def in_colour(pixels: np.ndarray) -> np.ndarray:
+    """Three channels, as the .npz of OpenAI's evaluator has them."""
+    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
 
 
 def to_levels(images: np.ndarray, have: int, want: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddo_jax.data import labelling, labels, make, sources, tree
+from ddo_jax.data import images, labelling, labels, make, sources, tree
 from ddo_jax.errors import UserError
 
 
@@ -275,3 +275,30 @@ def test_a_number_that_is_a_name_and_an_id():
     """Breaks if one of two meanings is guessed."""
     with pytest.raises(UserError, match="'1' is the name of class 0 and the id of '5'; write id:1 or name:1"):
         labels.named_classes("1", 3, ("1", "5", "10"))
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    """Breaks if `data` ignores EXIF's orientation, or --exif=ignore does not keep the rule of EDM's ImageNet."""
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4] = 255  # the upper half is bright as stored, the right one as seen
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    (tmp_path / "set").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "set" / "0.jpg", quality=95, exif=exif)
+    seen = {}
+    for how in ("apply", "ignore"):
+        made = make.make(str(tmp_path / "set"), str(tmp_path / f"{how}.zip"), exif=how)
+        seen[how] = sources.open_source(str(made), "train").read(np.arange(1))["image"][0].mean(-1) > 127
+    assert seen["apply"][:, 4:].all() and not seen["apply"][:, :4].any()
+    assert seen["ignore"][:4].all() and not seen["ignore"][4:].any()
+    with pytest.raises(UserError, match="--exif=never; allowed: apply, ignore"):
+        make.make(str(tmp_path / "set"), str(tmp_path / "x.zip"), exif="never")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WebP", "AVIF", "PNG", "lossless WebP"])
+def test_files_that_lost_detail(kind):
+    """Breaks if a lossy format is not told by its content."""
+    buffer = io.BytesIO()
+    form, options = (kind.split()[-1], {"lossless": True} if kind.startswith("lossless") else {})
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(buffer, form, **options)
+    assert images.lossy_kind(buffer.getvalue()) == ("" if "PNG" in kind or options else kind)

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from ddo_jax import sample
 from ddo_jax.convert import safetensors
@@ -191,6 +192,33 @@ def test_num_is_a_fixed_choice(tmp_path, real):
         command.main([f"--images={name}", f"--ref={real}", "--num=12"])
     a, b = lines()
     assert a["fid0.012k"] == b["fid0.012k"] and a["protocol"]["subset"] == "12 at random, seed 0"
+
+
+def test_what_was_scored_is_said(tmp_path, real, capsys):
+    """Breaks if compressed files, other sizes or a deep tree pass without a word, or are refused."""
+    tree = tmp_path / "tree"
+    for i, image in enumerate(IMAGES):
+        path = tree / ["", "a", "a/b"][i % 3] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).resize((32, 32)).save(path, quality=90)
+    command.main(["--images=tree", f"--ref={real}", "--metrics=fid,kid"])
+    made = lines()[-1]["protocol"]
+    assert (made["n_samples"], made["files"], made["size"]) == (40, "lossy: JPEG", "32x32x3, the reference's 16x16x3")
+    err = capsys.readouterr().err
+    assert "lossy: JPEG: compression changes distances" in err and "sizes differ" in err
+    folder(tmp_path / "plain")
+    command.main(["--images=plain", f"--ref={real}", "--metrics=fid,kid"])
+    made = lines()[-1]["protocol"]
+    assert made["size"] == "16x16x3" and "files" not in made
+    assert "lossy" not in (err := capsys.readouterr().err) and "sizes differ" not in err
+
+
+@pytest.mark.parametrize("ranges", [["0-9", "5-14"], ["0-9", "9"], ["3,4", "0-5"]])
+def test_ranges_that_overlap(real, released, capsys, ranges):
+    """Breaks if a spread over ranges counts images twice."""
+    with pytest.raises(SystemExit) as e:
+        command.main([f"--checkpoint={released}", f"--ref={real}", *(f"--seeds={r}" for r in ranges)])
+    assert e.value.code == 2 and "is in two ranges" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
