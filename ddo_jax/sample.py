@@ -10,6 +10,7 @@ import sys
 
 from absl import logging
 
+from ddo_jax.arguments import PathParser
 from ddo_jax.errors import UserError
 
 SAMPLER = {"solver": str, "num_steps": int}  # flags that override the checkpoint's own sampler
@@ -18,7 +19,7 @@ SAMPLER |= {"top_k": int, "top_p": float, "more_smooth": None}  # of VARs
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(PathParser):
     """One line and exit code 2, as everywhere."""
 
     def error(self, message):
@@ -79,7 +80,9 @@ def parser() -> Parser:
     p.add_argument("--checkpoint", required=True, metavar="WHAT")
     p.add_argument("--out", required=True, metavar="DIR|FILE.npz")
     p.add_argument("--seeds", default="0-63", help="ranges and numbers, as in 0-49999 (default: 0-63)")
-    p.add_argument("--labels", default="balanced", help="balanced (by position), random (by seed), or a class id")
+    p.add_argument(
+        "--labels", default="balanced", help="balanced (by position), random (by seed), or classes, as in 3,5 or cat"
+    )
     p.add_argument("--batch", type=int, default=64, help="images at a time, over all devices (default: 64)")
     p.add_argument("--subdirs", action="store_true", help="one folder per thousand seeds")
     add_sampler_flags(p)

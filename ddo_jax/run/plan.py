@@ -12,8 +12,8 @@ from ddo_jax.data import sources
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate import features
 from ddo_jax.families import get_family
+from ddo_jax.run import classes, load, memory, state
 from ddo_jax.run import config as configs
-from ddo_jax.run import load, memory, state
 from ddo_jax.run.prepare import check_network
 
 EACH_ROUND = "each round"
@@ -105,6 +105,7 @@ def at_hand(config, family) -> dict[str, tuple[str, int]]:
 
     def data():
         source = sources.of_config(config, config.data.split)
+        classes.look(config, family, source)
         text = f"{source.name}, {len(source):,} images, {source.num_classes} classes, CRC {source.fingerprint}"
         return text, len(source)
 

@@ -2,7 +2,10 @@
 
 import functools
 import io
-from collections.abc import Iterator
+import itertools
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +16,9 @@ from tqdm import tqdm
 
 from ddo_jax import files, sharding
 from ddo_jax.core.torch_rng import TorchCpuStream, edm_streams
-from ddo_jax.data.labels import balanced_labels
+from ddo_jax.data.labels import balanced_labels, named_classes
 from ddo_jax.errors import UserError
-from ddo_jax.evaluate import score
+from ddo_jax.evaluate import image_sets, score
 from ddo_jax.run import load
 from ddo_jax.run.checkpoint import weights_digest
 
@@ -24,7 +27,7 @@ class Request(NamedTuple):
     """What to generate.
 
     Attributes:
-      checkpoint: WHAT (`ddo_jax.run.load`). seeds: [N]. labels: "balanced", "random" or a class id.
+      checkpoint: WHAT (`ddo_jax.run.load`). seeds: [N]. labels: "balanced", "random", or classes as in "3,5".
       batch: images per program run. sampler: overrides of the checkpoint's sampler settings.
       rng: "jax" or "torch-cpu". dtype: of the image path. precision: of matrix products.
       guide: WHAT of a second network, or None. guidance: its weight, 1 being none; of a VAR, which guides itself, its
@@ -64,7 +67,7 @@ class Generator(NamedTuple):
 
     Attributes:
       family, settings, params, frozen: of the main network. sampler: of `score.make_sampler`.
-      protocol: how its images are made, for records.
+      protocol: how its images are made, for records. classes: of `load.class_table`.
     """
 
     family: Any
@@ -73,25 +76,70 @@ class Generator(NamedTuple):
     frozen: Any
     sampler: Any
     protocol: dict
+    classes: list[dict]
+
+
+MOST_SEEDS = 10**8  # of one request: 0.8 GB of numbers
+_SEEDS = re.compile(r"(\d{1,10})(?:-(\d{1,10}))?", re.ASCII)
 
 
 def parse_seeds(text: str) -> np.ndarray:
-    """
+    """Seeds of ranges and numbers, in their order.
+
+    Raises:
+      UserError: not such a text, a range that runs backwards, or a seed that is there twice.
+
     >>> parse_seeds("0-3,10")
     array([ 0,  1,  2,  3, 10])
     """
-    try:
-        parts = [[int(x) for x in part.split("-")] for part in text.split(",")]
-        seeds = np.concatenate([np.arange(p[0], p[-1] + 1) for p in parts if len(p) <= 2 or 1 / 0])
-    except (ValueError, ZeroDivisionError):
-        seeds = np.array([])
-    if seeds.size == 0 or seeds.min() < 0 or seeds.max() >= 2**32:
+    matches = [_SEEDS.fullmatch(part.strip()) for part in text.split(",")]
+    ranges = [(int(m[1]), int(m[2] or m[1])) for m in matches if m]
+    if not all(matches) or any(last >= 2**32 for _, last in ranges):
         raise UserError(f"--seeds: {text!r}; allowed: ranges and numbers below 2^32, as in 0-49999,60000")
-    return seeds
+    for first, last in ranges:
+        if first > last:
+            raise UserError(f"--seeds: {first}-{last} runs backwards; write {last}-{first}")
+    if sum(last - first + 1 for first, last in ranges) > MOST_SEEDS:
+        raise UserError(f"--seeds: {text!r}; allowed: {MOST_SEEDS:,} seeds at a time; make the others later")
+    for (_, last), (first, _) in itertools.pairwise(sorted(ranges)):
+        if first <= last:
+            raise UserError(f"--seeds: {text!r} has seed {first} twice; allowed: every seed once")
+    return np.concatenate([np.arange(first, last + 1) for first, last in ranges])
 
 
-def class_labels(rule: str, seeds: np.ndarray, num_classes: int, rng: str) -> np.ndarray:
-    """One label a seed: by position, drawn from the seed's own stream, or one class for all.
+def check_apart(ranges: list[np.ndarray]) -> None:
+    """Sets of images that are compared share no image.
+
+    Raises:
+      UserError: names a seed that is in two of them.
+    """
+    seeds, counts = np.unique(np.concatenate(ranges), return_counts=True)
+    if counts.max() > 1:
+        raise UserError(
+            f"--seeds: seed {seeds[counts > 1][0]} is in two ranges ({np.sum(counts > 1)} such seeds); allowed: ranges "
+            "that share nothing, or their spread means nothing"
+        )
+
+
+def seeds_text(seeds: np.ndarray) -> str:
+    """The seeds exactly, as `parse_seeds` reads them; a long list of odd ones by its ends, number and CRC-32.
+
+    >>> seeds_text(np.array([0, 1, 2, 3, 10])), seeds_text(np.array([0, 5]))
+    ('0-3,10', '0,5')
+    """
+    runs = np.split(seeds, np.flatnonzero(np.diff(seeds) != 1) + 1)
+    if len(runs) > 100:
+        crc = zlib.crc32(np.ascontiguousarray(seeds, "<i8"))
+        return f"{len(seeds)} from {seeds[0]} to {seeds[-1]}, CRC {crc:08x}"
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def class_labels(rule: str, seeds: np.ndarray, num_classes: int, rng: str, table: Sequence[dict] = ()) -> np.ndarray:
+    """One label a seed: by position over all classes or those named, or drawn from the seed's own stream.
+
+    Args:
+      rule: "balanced", "random", or classes by id or name, as in "3,5" or "cat". table: of `data.labels.class_table`,
+        for names, and for classes of which the data had no image: they are not made.
 
     Raises:
       UserError: another rule.
@@ -99,11 +147,12 @@ def class_labels(rule: str, seeds: np.ndarray, num_classes: int, rng: str) -> np
     if num_classes == 0:
         return np.zeros(len(seeds), np.int32)
     if rule == "balanced":
-        return balanced_labels(np.arange(len(seeds)), num_classes)
-    if rule.isdigit() and int(rule) < num_classes:
-        return np.full(len(seeds), int(rule), np.int32)
+        present = np.array([row["id"] for row in table if row["images"] != 0])
+        return balanced_labels(np.arange(len(seeds)), num_classes, present if len(table) == num_classes else None)
     if rule != "random":
-        raise UserError(f"--labels: {rule!r}; allowed: balanced, random, or a class 0-{num_classes - 1}")
+        names = tuple(row["name"] for row in table if row["name"] is not None)
+        wanted = named_classes(rule, num_classes, names)
+        return balanced_labels(np.arange(len(seeds)), num_classes, np.array(wanted))
     if rng == "jax":
         return np.array([np.random.default_rng((int(s), 1)).integers(num_classes) for s in seeds], np.int32)
     raise AssertionError("torch-cpu labels come with the latents")
@@ -212,7 +261,8 @@ def open_generator(request: Request, parts: Parts | None = None, sampler=None) -
         "precision": request.precision,
     }
     guided = functools.partial(sampler, weight=request.guidance if guide is not None else weight)
-    return Generator(family, settings, parts.params, parts.frozen, guided, protocol)
+    classes = load.class_table(parts.found)
+    return Generator(family, settings, parts.params, parts.frozen, guided, protocol, classes)
 
 
 def sweep(request: Request, key: str, values: list):
@@ -246,21 +296,26 @@ def noise_shape(family) -> tuple[int, ...]:
     return jax.eval_shape(lambda: family.latents(jax.random.split(jax.random.key(0), 1))).shape[1:]
 
 
-def labels_of(request: Request, seeds: np.ndarray, family) -> np.ndarray:
-    """One label a seed of a list of seeds, by the request's rule."""
+def labels_of(request: Request, seeds: np.ndarray, family, classes: Sequence[dict] = ()) -> np.ndarray:
+    """One label a seed of a list of seeds, by the request's rule; classes: of `load.class_table`."""
     if request.rng == "torch-cpu" and request.labels == "random" and family.num_classes:
         return torch_labels(seeds, noise_shape(family), family.num_classes)
-    return class_labels(request.labels, seeds, family.num_classes, request.rng)
+    return class_labels(request.labels, seeds, family.num_classes, request.rng, classes)
 
 
-def generate(request: Request, skip=None) -> tuple[Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]], int]:
+def generate(
+    request: Request, skip: Callable | None = None, planned: Callable | None = None
+) -> tuple[Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]], int]:
     """(iterator of (seeds, labels, images uint8 [n,H,W,C]), grey levels) of a request.
 
     Args:
       skip: seed -> whether its image exists already; or None.
+      planned: told all (seeds, labels) before the first image is made; or None.
     """
     model = open_generator(request)
-    labels = labels_of(request, request.seeds, model.family)
+    labels = labels_of(request, request.seeds, model.family, model.classes)
+    if planned is not None and model.family.num_classes:
+        planned(request.seeds, labels)
     wanted = np.array([i for i, seed in enumerate(request.seeds) if skip is None or not skip(int(seed))], np.int64)
 
     def pieces():
@@ -278,6 +333,11 @@ def png_path(out: epath.Path, seed: int, subdirs: bool) -> epath.Path:
     """OUT/000123.png, or OUT/000000/000123.png with one folder a thousand seeds (specs/edm.md section 11)."""
     folder = out / f"{seed - seed % 1000:06d}" if subdirs else out
     return folder / f"{seed:06d}.png"
+
+
+def is_made(out: epath.Path, seed: int) -> bool:
+    """Whether the folder has the image of a seed, with folders a thousand seeds or without."""
+    return any(png_path(out, seed, subdirs).exists() for subdirs in (False, True))
 
 
 def full_range(images: np.ndarray, levels: int) -> np.ndarray:
@@ -306,9 +366,10 @@ def same_request(request: Request, out: epath.Path) -> dict:
         wanted["guidance"] = 1.0  # none
     if request.guide is not None:
         wanted["guide_weights"] = load.fingerprint(load.find(request.guide))
-    if request.labels == "balanced":  # labels go by the position in the list of seeds
-        wanted["first_seed"] = int(request.seeds[0])
     have = files.read_json(out / "request.json")
+    old = (have or {}).pop("first_seed", None)  # of a folder that does not know the labels of its seeds
+    if old is not None and old != int(request.seeds[0]) and not (out / LABELS).exists():
+        raise UserError(f"--out: {out} was made with seeds from {old} on; take another folder for other seeds")
     if have is not None:  # what an older version did not ask for had the value that is now the default
         have = {k: v for k, v in Request._field_defaults.items() if k in wanted} | {"guidance": 1.0} | have
     if have is not None and have != wanted:
@@ -317,10 +378,38 @@ def same_request(request: Request, out: epath.Path) -> dict:
     return wanted
 
 
+LABELS = "labels.json"  # of the images in a folder: {seed: label}
+
+
+def remember(out: epath.Path, seeds: np.ndarray, labels: np.ndarray) -> None:
+    """Keep the labels of a folder's seeds in it: balanced labels go by position, so another list may give others.
+
+    Raises:
+      UserError: an image that is there has another label; or the file is no such table.
+    """
+    try:
+        have = {int(seed): int(label) for seed, label in (files.read_json(out / LABELS) or {}).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{out / LABELS}: not a table of seeds and labels; take another folder") from None
+    plan = dict(zip(seeds.tolist(), labels.tolist(), strict=True))
+    for seed, label in plan.items():
+        if have.get(seed, label) != label and is_made(out, seed):
+            raise UserError(
+                f"--out: {out} has seed {seed} with label {have[seed]}, these --seeds give it {label} (balanced labels "
+                "go by the position in the list); take another folder, or list the seeds as before"
+            )
+    if jax.process_index() == 0:
+        files.write_json(out / LABELS, {**have, **plan})
+
+
 def to_folder(request: Request, out: epath.Path, subdirs: bool) -> int:
     """Write PNGs named by seed; those that exist are kept. The number written."""
     wanted = same_request(request, out)
-    pieces, levels = generate(request, skip=lambda seed: png_path(out, seed, subdirs).exists())
+    pieces, levels = generate(
+        request,
+        skip=functools.partial(is_made, out),
+        planned=functools.partial(remember, out),
+    )
     if jax.process_index() == 0:
         files.write_json(out / "request.json", wanted)
     written = 0
@@ -335,12 +424,12 @@ def to_folder(request: Request, out: epath.Path, subdirs: bool) -> int:
 
 
 def to_npz(request: Request, out: epath.Path) -> int:
-    """Write one .npz: arr_0 uint8 [N,H,W,C] as the OpenAI evaluator reads it, labels, seeds."""
+    """Write one .npz: arr_0 uint8 [N,H,W,3] as the OpenAI evaluator reads it, labels, seeds."""
     pieces, levels = generate(request)
     parts = list(tqdm(pieces, "batches", disable=None))
     seeds, labels, images = (np.concatenate(x) for x in zip(*parts, strict=True))
     buffer = io.BytesIO()
-    np.savez(buffer, arr_0=full_range(images, levels), labels=labels, seeds=seeds)
+    np.savez(buffer, arr_0=image_sets.in_colour(full_range(images, levels)), labels=labels, seeds=seeds)
     if jax.process_index() == 0:
         files.write_bytes(out, buffer.getvalue())
     return len(seeds)
@@ -356,7 +445,7 @@ def run(request: Request, out: str, subdirs: bool) -> int:
     try:
         if target.suffix == ".npz":
             if target.exists():
-                raise UserError(f"--out: {out} exists; remove it or take another name")
+                raise UserError(f"--out: {out} exists; take another name, or move it aside")
             target.parent.mkdir(parents=True, exist_ok=True)
             return to_npz(request, target)
         target.mkdir(parents=True, exist_ok=True)

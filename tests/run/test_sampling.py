@@ -64,6 +64,29 @@ def test_labels(released):
         sampling.class_labels("5", seeds, 2, "jax")
 
 
+@pytest.mark.parametrize("text", ["0-3,10", "0,5", "7", "0-49999", "5,4,3", "9-12,0-3"])
+def test_records_name_the_seeds_exactly(text):
+    """Breaks if a record's seeds are not those that were used."""
+    seeds = sampling.parse_seeds(text)
+    assert sampling.seeds_text(seeds) == text and np.array_equal(
+        sampling.parse_seeds(sampling.seeds_text(seeds)), seeds
+    )
+
+
+def test_long_lists_of_odd_seeds():
+    """Breaks if two different lists have one name."""
+    lists = [np.arange(0, 1000, 2), np.sort(np.append(np.arange(0, 998, 2)[1:], [0, 999]))]
+    texts = [sampling.seeds_text(seeds) for seeds in lists]
+    assert texts[0].startswith("500 from 0 to 998, CRC ") and texts[0] != texts[1]
+
+
+def test_ranges_share_nothing():
+    """Breaks if the spread of two scores is that of the same images."""
+    sampling.check_apart([np.arange(5), np.arange(5, 9)])
+    with pytest.raises(UserError, match=r"seed 4 is in two ranges \(1 such seeds\)"):
+        sampling.check_apart([np.arange(5), np.arange(4, 9)])
+
+
 @pytest.mark.slow
 def test_torch_streams_are_used(released):
     """Breaks if --rng=torch-cpu does not start from the released sampler's latents and labels."""
@@ -127,6 +150,8 @@ def test_folder_is_continued(released, tmp_path, capsys):
     sample.main([*flags, "--seeds=0-6"])
     assert "2 images written" in capsys.readouterr().out
     assert kept.stat().st_mtime_ns == before
+    sample.main([*flags, "--seeds=0-6", "--subdirs"])
+    assert "0 images written" in capsys.readouterr().out  # not one image twice, for evaluate would count both
     names = sorted(p.name for p in (tmp_path / "out").glob("*.png"))
     assert names == [f"{seed:06d}.png" for seed in range(7)]
     with Image.open(kept) as image:
@@ -151,6 +176,12 @@ def test_npz_for_other_evaluators(released, tmp_path):
     "flags, words",
     [
         (["--seeds=5-"], "--seeds: '5-'; allowed"),
+        (["--seeds=10-5,3"], "--seeds: 10-5 runs backwards; write 5-10"),
+        (["--seeds=0-3,0-3"], "has seed 0 twice; allowed: every seed once"),
+        (["--seeds=7,0-9"], "has seed 7 twice"),
+        (["--seeds=²"], "--seeds: '²'; allowed"),
+        (["--seeds=0-100000000000"], "allowed: ranges and numbers below 2^32"),
+        (["--seeds=0-4294967295"], "allowed: 100,000,000 seeds at a time"),
         (["--checkpoint=edm-cifar10-uncond-vp-dd"], "edm-cifar10-uncond-vp-ddo"),
         (["--num_steps=1"], "num_steps is 1"),
         (["--batch=0"], "--batch: 0; allowed: at least 1"),
