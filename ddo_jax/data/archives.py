@@ -43,6 +43,7 @@ class _Files:
                 if labelled:
                     raise
                 whole = labelling.unlabelled(len(names))
+        labelling.say_missing(whole, where)
         self.name = f"{name}:{split}"
         chosen = labelling.split_indices(split, len(names), self.name, whole)
         self._names, self.labels = [names[i] for i in chosen], whole.labels[chosen]

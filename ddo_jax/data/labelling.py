@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from ddo_jax.data.tree import LABELS
+from ddo_jax.data.tree import LABELS, warn
 from ddo_jax.errors import UserError
 
 _EDM_NAME = re.compile(r"\d{5}/img(-mean-std-)?\d{8}\.\w+")
@@ -34,6 +34,14 @@ class Labelling:
     def named(self, label: int) -> str:
         """A class in words: `cat (class 3)`, or `class 3`."""
         return f"{self.names[label]} (class {label})" if self.names else f"class {label}"
+
+
+def say_missing(whole: Labelling, where: str) -> None:
+    """A word on classes without images, of which dataset.json may have some."""
+    missing = np.flatnonzero(np.bincount(whole.labels, minlength=whole.num_classes) == 0) if whole.num_classes else ()
+    if len(missing):
+        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        warn(f"{where}: no image of {len(missing)} of its {whole.num_classes} classes ({shown})")
 
 
 def unlabelled(n: int) -> Labelling:

@@ -38,7 +38,7 @@ def look(config, family, data) -> None:
         shown = ", ".join(_named(data, i) for i in empty[:5]) + (", ..." if len(empty) > 5 else "")
         warn(
             f"{data.name}: {len(empty)} of {len(counts)} classes have no image ({shown}); they get no fakes and are "
-            "not evaluated: give the others the ids 0, 1, 2 ... if they should not be there"
+            "not evaluated"
         )
     some = counts[counts > 0]
     pooled = config.objective == "ddo" and config.ddo.pool > 0 and config.ddo.pool_labels == "balanced"

@@ -237,12 +237,13 @@ def test_max_images_are_taken_evenly(tmp_path):
     assert sources.open_source(str(tfds), "train").class_names == names
 
 
-def test_counts(tmp_path):
-    """Breaks if a class without images is not counted as such."""
+def test_counts(tmp_path, capsys):
+    """Breaks if a class without images is not counted as such, or not said."""
     table = json.dumps({"labels": [[f"{i}.png", (1, 3)[i % 2]] for i in range(5)]}).encode()
     path = packed(tmp_path / "set", {f"{i}.png": image(i) for i in range(5)} | {"dataset.json": table})
     source = sources.open_source(str(path), "train")
     assert source.class_counts.tolist() == [0, 3, 0, 2]
+    assert "no image of 2 of its 4 classes (0, 2)" in capsys.readouterr().err
     assert labels.present_classes(source.class_counts).tolist() == [1, 3]
 
 
