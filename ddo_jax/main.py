@@ -6,12 +6,15 @@ Flags -> config -> run; no logic. Exit codes: 0 done, 2 something the user can m
 import ast
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from ddo_jax import files
 from ddo_jax.errors import UserError
+from ddo_jax.run import config_file
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits.py"
 
@@ -19,6 +22,7 @@ FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with an optional variant: configs/digits.py:runlocal (default: configs/digits.py)"
 )
+FLAGS["config"].parser = config_file.Parser()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Everything goes here; unset: runs/<name of the config>")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Several hosts: Slurm, GKE and TPU pods are detected by JAX (see launch/)"
@@ -36,13 +40,13 @@ def parse(argv):
     # No default in the flag itself: ml_collections would read the overrides while this module is imported.
     if not any(a.lstrip("-") == "config" or a.lstrip("-").startswith("config=") for a in argv[1:]):
         argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
-    sys.path.append(str(DEFAULT_CONFIG.parent.parent))  # config files share configs/common.py, from anywhere
     try:
+        argv, nones = config_file.take_nones(FLAGS.read_flags_from_files(argv, force_gnu=False))
         rest = FLAGS(argv)
-        if FLAGS["config"].value is not None:
-            FLAGS["config"].value.lock()  # an unreadable config file raises here
+        for key in nones:
+            config_file.unset(FLAGS["config"].value, key)
         return rest
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
+    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
         fail(one_line(str(e)))
 
 
@@ -56,6 +60,7 @@ def one_line(text: str) -> str:
     """
     if text[:1] in "'\"" and text[:1] == text[-1:]:  # the representation of a KeyError's string
         text = ast.literal_eval(text)
+        return "unknown config key: " + ". ".join(line.strip() for line in text.splitlines() if line.strip())
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "unknown config key: " + ". ".join(lines) if len(lines) == 2 else lines[-1]
 
@@ -67,8 +72,14 @@ def fail(message: str):
 
 def default_workdir() -> str:
     """runs/digits, runs/digits-runlocal, ..."""
-    path, _, variant = config_flags.get_config_filename(FLAGS["config"]).partition(".py")
-    return os.path.join("runs", Path(path).name + variant.replace(":", "-"))
+    path, variant = config_file.split(config_flags.get_config_filename(FLAGS["config"]))
+    return os.path.join("runs", path.stem + (f"-{variant}" if variant else "").replace(":", "-"))
+
+
+def _stray(unraisable) -> None:
+    """TensorStore's threads report to an event loop that Orbax closes at the first error: that one is told."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def main(argv):
@@ -76,20 +87,24 @@ def main(argv):
         fail(f"unexpected argument {argv[1]!r}; flags are written --config=... --workdir=...")
     if _IMAGES_PER_S.value and not _DRY_RUN.value:
         fail("--images_per_s only adds hours to --dry_run; leave it out, or add --dry_run")
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of every read-only manager; our own lines use the console
+    logging.set_verbosity(logging.FATAL)  # Orbax logs what it raises, too, page after page; our lines use the console
+    sys.unraisablehook = _stray
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # of the same origin
     if _DISTRIBUTED.value:
         import jax
 
         jax.distributed.initialize()
     from ddo_jax.run import compilation, plan, selfplay
 
-    workdir = _WORKDIR.value or default_workdir()
+    workdir = os.path.expanduser(_WORKDIR.value or default_workdir())
     try:
         with compilation.cache():
             if _DRY_RUN.value:
                 print(plan.plan(_CONFIG.value, workdir, _IMAGES_PER_S.value))
             else:
-                selfplay.run(_CONFIG.value, workdir)
+                kept = f"{workdir} keeps what is finished, up to the last whole checkpoint; make room: the same command"
+                with files.full_disk(f"{kept} continues"):
+                    selfplay.run(_CONFIG.value, workdir)
     except UserError as e:
         fail(str(e))
     except KeyboardInterrupt:

@@ -126,8 +126,11 @@ def run(args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    from ddo_jax import files
+
     try:
-        run(args)
+        with files.full_disk("the files that were named are whole; with --force the same command makes all again"):
+            run(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

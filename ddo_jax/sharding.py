@@ -121,8 +121,13 @@ def to_host(x) -> np.ndarray:
 
 def agree(value: bool) -> bool:
     """Process 0's decision on every process: hosts must not act on what they see in the file system alone."""
+    return bool(agree_on(value))
+
+
+def agree_on(value: int) -> int:
+    """Process 0's number, below 2**31, on every process."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+    return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))

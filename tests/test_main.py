@@ -31,6 +31,8 @@ def digits(tmp_path_factory):
         (["--config.ddo.alpha=0"], "config.ddo.alpha: 0; allowed: finite numbers above 0"),
         (["--config=configs/nowhere.py"], "configs/nowhere.py"),
         (["--config=configs/digits.py:small"], "unknown variant; allowed: runlocal, unet"),
+        (["--config.ddo.steps=None"], "unknown config key"),
+        (["--config.seed=None"], "config.seed: None; allowed: a int"),
         (["--config.init=runs/nowhere"], "runs/nowhere: no such file"),
         (["digits"], "unexpected argument 'digits'"),
     ],
@@ -70,3 +72,24 @@ def test_dry_run_from_anywhere(tmp_path, digits):
     for words in ("ddo.beta = [0.2]", "64,864 parameters", "MFLOP", "memory", "disk", "3 rounds", "4096 fakes"):
         assert words in done.stdout, words
     assert list(tmp_path.iterdir()) == []
+
+
+def test_none_unsets(tmp_path, digits):
+    """Breaks if the unit of a duration cannot be changed by flags, or None becomes a word."""
+    flags = ["--config=configs/digits.py:runlocal", "--config.ddo.length.steps=None", "--config.ddo.length.mimg=0.01"]
+    done = command("--dry_run", *flags, "--config.eval.weights", "None", TFDS_DATA_DIR=digits)
+    assert done.returncode == 0, done.stderr
+    for words in ("ddo.length.steps = None", "ddo.length.mimg = 0.01", "eval.weights = None"):
+        assert words in done.stdout, words
+
+
+def test_home_and_names_that_cannot_be(tmp_path, digits):
+    """Breaks if ~ makes a folder of that name, or a folder that loses checkpoints is found out after training."""
+    home = {"HOME": str(tmp_path), "TFDS_DATA_DIR": digits}
+    done = command("--workdir=~/new/a\\b/w", "--config=~/mine.py", cwd=tmp_path, **home)
+    assert done.returncode == 2 and "error: --config: ~/mine.py: no such file" in done.stderr
+    (tmp_path / "mine.py").write_text((ROOT / "configs" / "digits.py").read_text())
+    done = command("--workdir=~/new/a\\b/w", "--config=~/mine.py:runlocal", cwd=tmp_path, **home)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and "a\\\\b/w" in done.stderr and "a backslash in the path" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == ["mine.py"]

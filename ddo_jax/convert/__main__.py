@@ -8,7 +8,6 @@ back and equals SRC byte for byte, dtypes included (EDM2's float16; bfloat16 onl
 only the attention of old SD-VAE files gets today's names. Exit codes: 0 done, 2 something the user can mend.
 """
 
-import argparse
 import dataclasses
 import io
 import json
@@ -18,6 +17,7 @@ import sys
 import numpy as np
 
 from ddo_jax import convert, files
+from ddo_jax.arguments import PathParser
 from ddo_jax.convert import names, safetensors, torch_write
 from ddo_jax.convert.inert import UnsafeOrDamaged
 from ddo_jax.convert.read import CONFIG_KEY, ENCODER_KEY, KIND_KEY, Released, count, read, same_bytes
@@ -28,7 +28,7 @@ BUFFERS = (".freqs", ".phases", ".resample_filter")  # how the names of constant
 BUFFERS += ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")  # VAR and its tokenizer
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(PathParser):
     def error(self, message):  # one line, without the usage
         raise UserError(f"{message}; see python -m ddo_jax.convert --help")
 

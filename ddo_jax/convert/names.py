@@ -6,10 +6,15 @@ The order is: a local path; the cache; a short, explicit try of the network. HF_
 for all schemes. Nothing waits longer than about 15 s for a network that is not there.
 """
 
+import atexit
 import difflib
+import errno
+import functools
 import importlib.util
 import os
 import shutil
+import sys
+import tempfile
 import threading
 import urllib.error
 import urllib.parse
@@ -17,6 +22,7 @@ import urllib.request
 import uuid
 from pathlib import Path
 
+from ddo_jax import files
 from ddo_jax.errors import UserError
 
 CONNECT_SECONDS = 10  # per attempt; PROBE_SECONDS also covers name resolution, which has no timeout of its own
@@ -103,7 +109,23 @@ ALIASES |= {network: _snapshots(network, row)[0] for network, row in _EDM2_NETWO
 
 def cache_dir() -> Path:
     """$XDG_CACHE_HOME/ddo_jax/weights, by default ~/.cache/ddo_jax/weights."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddo_jax" / "weights"
+    return files.cache_dir("weights")
+
+
+@functools.cache
+def _writable(folder: Path) -> Path:
+    """The folder, or where nothing can be written to it one for this process alone, with a note."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+        reason = os.strerror(errno.EACCES)
+    except OSError as e:
+        reason = e.strerror
+    print(f"note: downloads are not kept for the next time: {folder}: {reason}", file=sys.stderr)
+    other = tempfile.mkdtemp(prefix="ddo_jax-")
+    atexit.register(shutil.rmtree, other, ignore_errors=True)
+    return Path(other)
 
 
 def _offline() -> bool:
@@ -119,7 +141,7 @@ def resolve(what) -> str:
     Raises:
       UserError: not there and not to be had; says what was looked for, where, and the two ways to bring the file.
     """
-    what = os.fspath(what)
+    what = os.path.expanduser(os.fspath(what))  # shells leave ~ after = as it is
     if os.path.exists(what):
         return what
     url = SOURCES.get(ALIASES.get(what, what), what)
@@ -132,11 +154,12 @@ def resolve(what) -> str:
     if scheme not in _FETCH:
         raise UserError(f"{what}: {scheme}:// is not supported; allowed: {', '.join(f'{s}://' for s in _FETCH)}")
     known = url != what
-    target = cache_dir() / (url.rsplit("/", 1)[1] if known else urllib.parse.quote(rest, safe="")[-200:])
-    if target.is_file():
+    name = url.rsplit("/", 1)[1] if known else urllib.parse.quote(rest, safe="")[-200:]
+    target = cache_dir() / name
+    if os.path.isfile(target):
         return str(target)
     try:
-        return _FETCH[scheme](url, target)
+        return _FETCH[scheme](url, _writable(target.parent) / name)
     except _Unavailable as e:
         origin = f"{what} ({url})" if known else what
         mend = f"or put the file at {target}, or give the path of your own copy instead of {what}"
@@ -192,10 +215,11 @@ def _open(url: str, any_answer: bool = False):
 
 
 def _publish(target: Path, copy):
-    """copy(temporary path), then rename: `target` is whole or absent."""
+    """copy(temporary path), then rename: `target` is whole or absent. Of one process's own folder it may be there."""
+    if target.is_file():
+        return str(target)
     temporary = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         copy(temporary)
         os.replace(temporary, target)
     except (OSError, ValueError) as e:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
+from ddo_jax import files
 from ddo_jax.data.archives import WHOLE_READ, files_crc
 from ddo_jax.data.tree import warn
 from ddo_jax.errors import UserError
@@ -29,12 +30,15 @@ def find(name: str, root: epath.Path) -> epath.Path:
     Raises:
       UserError: there is none; says how to prepare it.
     """
-    base, _, version = name.partition(":")
-    directory = root / base  # `root` is dropped if `base` is an absolute path
-    for candidate in (directory, epath.Path(base)):
+    base, _, version = name.rpartition(":")
+    if not VERSION.fullmatch(version):  # a colon of a path
+        base, version = name, ""
+    directory = files.literal(root / epath.Path(base).expanduser())  # `root` is dropped if `base` is an absolute path
+    for candidate in (directory, files.literal(base)):
         if (candidate / version / "dataset_info.json").exists():
             return candidate / version
-    found = [p for p in directory.glob("*") if VERSION.fullmatch(p.name) and (p / "dataset_info.json").exists()]
+    versions = [p for p in files.matching(directory, "*") if VERSION.fullmatch(p.name)]
+    found = [p for p in versions if (p / "dataset_info.json").exists()]
     if version or not found:
         raise UserError(
             f"tfds:{name}: not prepared in {root}; prepare it once where there is a network: "
@@ -57,7 +61,7 @@ class TfdsRecords:
         try:
             builder = tfds.builder_from_directory(directory)
         except Exception as e:  # protobuf's errors have no common base
-            raise UserError(f"{directory}: not a TFDS set ({_line(e)}); remove it and prepare it again") from None
+            raise UserError(f"{directory}: not a TFDS set ({_line(e)}); move it aside and prepare it again") from None
         features, file_format = dict(builder.info.features or {}), builder.info.file_format.value
         if file_format != "array_record":
             raise UserError(f"{directory}: prepared as {file_format}; allowed: array_record (random access)")

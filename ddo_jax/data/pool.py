@@ -45,7 +45,8 @@ def read_chunk(path: epath.Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _damaged(path: epath.Path, reason) -> UserError:
-    return UserError(f"pool file {path} is missing or damaged ({reason}); remove {path.parent} and start again")
+    mend = f"put back a copy, or move {path.parent} aside: the same command makes it anew"
+    return UserError(f"pool file {path} is missing or damaged ({reason}); {mend}")
 
 
 def _labels(path: epath.Path) -> np.ndarray:

@@ -27,6 +27,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from ddo_jax import files
 from ddo_jax.data import archives, catalogue, crops, images, latents
 from ddo_jax.errors import UserError
 
@@ -278,7 +279,7 @@ class CroppedSource:
 
 def data_dir(directory: str | None) -> epath.Path:
     """The config's directory, else $TFDS_DATA_DIR, else TFDS's own default ~/tensorflow_datasets."""
-    return epath.Path(directory or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return files.literal(directory or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 def open_digits(split: str, directory: str | None) -> ArraySource:
@@ -333,7 +334,8 @@ def open_records(name: str, split: str, directory: str | None = None, *, allow_l
         if name.endswith(".zip"):
             kind, rest = "zip", name
         elif name and path.is_dir():
-            is_set = (path / "dataset_info.json").exists() or any(path.glob("*.*.*/dataset_info.json"))
+            versions = files.matching(path, "*.*.*")
+            is_set = any((p / "dataset_info.json").exists() for p in (path, *versions))
             kind, rest = ("tfds" if is_set else "folder"), str(path.resolve())
         else:
             raise UserError(

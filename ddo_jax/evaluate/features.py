@@ -6,7 +6,6 @@ digits      a classifier fitted on the training split of the digits
 """
 
 import dataclasses
-import hashlib
 import io
 from collections.abc import Callable
 
@@ -82,8 +81,7 @@ def _weights(name: str, weights: str | None):
         raise UserError(str(e)) from None
     if released.kind != name:
         raise UserError(f"{path}: holds {released.kind or 'another network'}; expected the weights of {name}")
-    with open(path, "rb") as f:
-        return released, hashlib.file_digest(f, "sha256").hexdigest()[:12]
+    return released, files.digest(path)
 
 
 def _converted(released: convert.Released):
@@ -123,14 +121,16 @@ def _digits(weights: str | None, train, cache: epath.Path) -> FeatureNet:
     from ddo_jax.evaluate import digits
 
     path = epath.Path(cache) / "features-digits.npz"
-    if not path.exists():
+    content = files.kept(path)
+    if content is None:
         real = train.read(np.arange(len(train)))
         fitted = digits.train(real["image"], real["label"], train.num_classes)
         layers = [dict(zip("wb", layer, strict=True)) for layer in fitted.layers]
         buffer = io.BytesIO()
         np.savez(buffer, **{f"{kind}{i}": x for i, layer in enumerate(layers) for kind, x in layer.items()})
-        files.write_bytes(path, buffer.getvalue())
-    with path.open("rb") as f, np.load(f) as arrays:
+        content = buffer.getvalue()
+        files.keep(path, content, "the classifier of digits")
+    with np.load(io.BytesIO(content)) as arrays:
         layers = tuple((arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(len(arrays) // 2))
 
     def apply(images):
@@ -144,6 +144,15 @@ NETWORKS = {"digits": _digits, "inception": _inception, "dinov2": _dinov2}
 DEFAULT_WEIGHTS = {"inception": "inception-2015-12-05", "dinov2": "dinov2-vitl14"}
 
 
+def file_of(name: str, weights: str | None) -> str | None:
+    """The local file of a network's weights; None for a network that is fitted here.
+
+    Raises:
+      UserError: not at hand.
+    """
+    return names.resolve(weights or DEFAULT_WEIGHTS[name]) if name in DEFAULT_WEIGHTS else None
+
+
 def check(name: str, weights: str | None) -> None:
     """Refuse an unknown network, or one whose weights are not at hand, before anything else happens.
 
@@ -152,8 +161,7 @@ def check(name: str, weights: str | None) -> None:
     """
     if name not in NETWORKS:
         raise UserError(f"config.eval.network: {name!r}; allowed: {', '.join(sorted(NETWORKS))}")
-    if name in DEFAULT_WEIGHTS:
-        names.resolve(weights or DEFAULT_WEIGHTS[name])
+    file_of(name, weights)
 
 
 def get_features(name: str, train=None, cache: epath.PathLike | None = None, weights: str | None = None) -> FeatureNet:

@@ -48,7 +48,7 @@ class Reference:
     Attributes:
       name, digest: of the file (twelve hex digits of its SHA-256) or dataset (its fingerprint).
       gaussians: {"fid", "sfid", "fd_dinov2": those wanted}. num_images: behind them; None: not recorded.
-      real: the images for pr and kid, at most 10,000; None: the file has none.
+      real: the images for pr and kid, at most 10,000; None: the file has none. shape: of its images, where known.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Reference:
     gaussians: dict[str, Gaussian]
     num_images: int | None
     real: image_sets.ImageSet | None
+    shape: tuple[int, ...] | None = None
 
 
 def gaussian(mu, sigma, length: int, where: str, network: str) -> Gaussian:
@@ -166,7 +167,8 @@ def load_file(path: Path, lengths: dict[str, int], networks: dict[str, FeatureNe
         real = dataclasses.replace(image_sets.of_npz(path), name=path.name)
         if real.num > REAL_IMAGES:
             real = image_sets.first(real, REAL_IMAGES)
-    return Reference(path.name, digest, _gaussians(found, lengths, networks, str(path)), num, real)
+    shape = None if real is None else real.shape
+    return Reference(path.name, digest, _gaussians(found, lengths, networks, str(path)), num, real, shape)
 
 
 def _has_images(path: Path) -> bool:
@@ -205,7 +207,7 @@ def _gaussians(found: dict, lengths: dict[str, int], networks: dict[str, Feature
 
 def cache_dir() -> Path:
     """$XDG_CACHE_HOME/ddo_jax/statistics, by default ~/.cache/ddo_jax/statistics."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddo_jax" / "statistics"
+    return files.cache_dir("statistics")
 
 
 def statistics(images: image_sets.ImageSet, network: FeatureNet, owner: str, levels: int) -> dict:
@@ -215,7 +217,7 @@ def statistics(images: image_sets.ImageSet, network: FeatureNet, owner: str, lev
       owner: MAIN or DINOV2. levels: grey levels that the network takes.
     """
     path = cache_dir() / f"{images.content}-{network.digest}-{owner}-{levels}.npz"
-    if path.exists():
+    if os.path.isfile(path):  # False, too, in a folder that may not be looked into
         try:
             return _read_npz(path)[0]
         except UserError:  # a torn copy of a cache: made again
@@ -227,8 +229,7 @@ def statistics(images: image_sets.ImageSet, network: FeatureNet, owner: str, lev
     buffer = io.BytesIO()
     arrays = {key: x for m in metrics for key, x in zip(NPZ_KEYS[m], found[m], strict=True)}
     np.savez(buffer, num_images=np.int64(images.num), **arrays)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(path, buffer.getvalue())
+    files.keep(path, buffer.getvalue(), "statistics")
     return found
 
 
@@ -269,7 +270,7 @@ def of_dataset(
         found |= statistics(images, networks[owner], owner, wants)
     real = opened(REAL_IMAGES) if {"pr", "kid"} & set(lengths) else None
     gaussians = _gaussians(found, lengths, networks, images.name)
-    return Reference(images.name, images.content, gaussians, images.num, real)
+    return Reference(images.name, images.content, gaussians, images.num, real, images.shape)
 
 
 def open_reference(

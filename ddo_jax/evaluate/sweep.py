@@ -84,5 +84,5 @@ def figure(key: str, rows: dict, title: str) -> Figure:
         axes.set_xlabel(x if x == key else f"{x} (higher is better)")
         axes.set_ylabel(f"{y} ({'higher' if _higher(y) else 'lower'} is better)")
         axes.grid(alpha=0.25)
-    drawn.suptitle(title, fontsize=10)
+    drawn.suptitle(title.replace("$", r"\$"), fontsize=10)  # a path, not TeX
     return drawn

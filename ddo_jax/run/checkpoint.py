@@ -5,16 +5,22 @@ of every leaf in its metadata. A damaged or torn checkpoint is skipped with a wa
 good one.
 """
 
+import errno
 import functools
+import os
 import sys
+import uuid
 import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as ocm
 
+from ddo_jax import files, sharding
 from ddo_jax.errors import UserError
 
 
@@ -45,6 +51,53 @@ def weights_digest(params) -> str:
     return f"{zlib.crc32(repr(sorted(digests(params).items())).encode()):08x}"
 
 
+def check_name(path: epath.PathLike) -> None:
+    """TensorStore takes a backslash for a slash, so that arrays would go to another folder, and its paths are UTF-8.
+
+    Raises:
+      UserError: the path has something of these in it.
+    """
+    text = os.fspath(path)
+    invalid = [c for c in text if "\ud800" <= c <= "\udfff"]  # bytes of a name that are no UTF-8
+    found = "a backslash" if "\\" in text else "bytes that are not UTF-8" if invalid else None
+    if found:
+        raise UserError(
+            f"{ascii(text)}: {found} in the path, which the checkpoint library cannot hold; allowed: any other "
+            "character; rename the folder or take another one"
+        )
+
+
+def try_out(workdir: epath.PathLike) -> None:
+    """Save a small checkpoint somewhere in `workdir`, read it back and remove it: before hours of training.
+
+    Raises:
+      UserError: what was saved does not come back; names the path.
+      OSError: it cannot be written.
+    """
+    check_name(files.literal(workdir))
+    directory = files.literal(workdir) / f".trial-{sharding.agree_on(uuid.uuid4().int % 2**31)}"
+    mesh = sharding.make_mesh(1)
+    tree = sharding.place(mesh, {"trial": np.arange(8, dtype=np.float32)})
+    try:
+        with Checkpoints(directory) as checkpoints:
+            checkpoints.save(0, {"ema": tree}, {"step": 0})
+        restore_ema(directory, 0, sharding.abstract(mesh, tree))
+    except OSError:
+        raise
+    except Exception as e:  # TensorStore's are of many kinds
+        if files.is_full(e):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory)) from e
+        reason = _reason(e).removeprefix(f"{directory}/0: ")
+        raise UserError(
+            f"{workdir}: a checkpoint saved there cannot be read back ({reason.partition(';')[0]}); nothing was "
+            "trained; take a folder of another name or on another disk"
+        ) from None
+    finally:
+        sharding.agree(True)  # nobody reads any more
+        if jax.process_index() == 0 and directory.exists():
+            directory.rmtree()
+
+
 def _options(read_only: bool) -> ocp.CheckpointManagerOptions:
     latest, best = (
         ocm.LatestN(2),
@@ -65,7 +118,8 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, *, read_only: bool = False):
-        self.directory = epath.Path(directory).absolute()
+        self.directory = files.literal(directory)
+        check_name(self.directory)
         if not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(self.directory, options=_options(read_only))
@@ -99,6 +153,7 @@ class Checkpoints:
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
+                _merge(self.directory / str(step) / "state")
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
                 restored = self._manager.restore(step, args=args)
                 _verify(restored["state"], restored["meta"]["digests"])
@@ -110,10 +165,42 @@ class Checkpoints:
                 self._damaged.add(step)  # replaced when its step is saved again, not before: it may be a passing fault
         if self._damaged:
             raise UserError(
-                f"{self.directory}: none of the {len(self._damaged)} checkpoints can be read; if the disk is well, "
-                f"remove {self.directory.parent} to train this phase anew"
+                f"{self.directory}: none of the {len(self._damaged)} checkpoints can be read, see the warnings; put "
+                f"back a copy of one, or move {self.directory.parent} aside: the same command then trains this phase "
+                "anew"
             )
         return None
+
+
+def _merge(state: files.Literal) -> None:
+    """Make the common index of the stores that the processes of a run wrote, where it is missing.
+
+    Orbax makes it when it saves; in a folder like `run[1]` versions of this project before 2026-12 did not find the
+    stores, so that the arrays lay there, but nothing pointed to them.
+
+    Raises:
+      UserError: the index cannot be written.
+    """
+    if sharding.agree((state / "manifest.ocdbt").exists() or not files.matching(state, "ocdbt.process_*")):
+        return
+    if jax.process_index() == 0:
+        shared = ts.Context()  # a copy between stores of two contexts is refused
+
+        def opened(path):
+            base = f"{path}/" if "://" in str(path) else {"driver": "file", "path": f"{path}/"}
+            return ts.KvStore.open({"driver": "ocdbt", "base": base}, context=shared).result()
+
+        try:
+            whole, change = opened(state), ts.Transaction(atomic=True)
+            for part in files.matching(state, "ocdbt.process_*"):
+                opened(part).experimental_copy_range_to(whole.with_transaction(change)).result()
+            change.commit_sync()
+        except Exception as e:  # TensorStore's are of many kinds
+            raise UserError(
+                f"{state}: the arrays' index is missing and cannot be made ({_reason(e)}); a copy of the run in a "
+                "folder that can be written may be readable"
+            ) from None
+    sharding.agree(True)  # the others wait until it is there
 
 
 def _verify(tree, expected: dict[str, int]) -> None:
@@ -133,7 +220,8 @@ def restore_ema(directory: epath.PathLike, step: int | None, abstract):
     Raises:
       UserError: absent or damaged; names the directory.
     """
-    directory = epath.Path(directory).absolute()
+    directory = files.literal(directory)
+    check_name(directory)
     if not directory.exists():
         raise UserError(f"{directory}: no such checkpoint directory")
     with ocp.CheckpointManager(directory, options=_options(read_only=True)) as manager:
@@ -148,11 +236,16 @@ def restore_ema(directory: epath.PathLike, step: int | None, abstract):
             meta=ocp.args.JsonRestore(),
         )
         try:
+            _merge(directory / str(step) / "state")
             restored = manager.restore(step, args=args)
             _verify(restored["state"], restored["meta"]["digests"])
+        except UserError:
+            raise
         except Exception as e:
+            phase = directory.parent if directory.name == "checkpoints" else directory
             raise UserError(
-                f"{directory}/{step}: {_reason(e)}; the checkpoint is damaged or of another network: "
-                "take another checkpoint, or remove this round's directory (and later ones) to play it again"
+                f"{directory}/{step}: {_reason(e)}; the checkpoint is damaged or of another network: put back a copy "
+                f"of it or take another checkpoint; a run makes it anew once {phase} and what came of it (later "
+                "rounds, control, report, best) are moved aside"
             ) from None
         return restored["state"]["ema"]

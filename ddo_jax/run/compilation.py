@@ -7,10 +7,12 @@ import sys
 import jax
 from etils import epath
 
+from ddo_jax import files
+
 
 @contextlib.contextmanager
 def cache():
-    """Use $JAX_COMPILATION_CACHE_DIR, else ~/.cache/ddo_jax/xla; at the end, one line on what it saved."""
+    """Use $JAX_COMPILATION_CACHE_DIR, else ~/.cache/ddo_jax/xla, if writable; at the end, one line on what it saved."""
     saved, hits = [], []
 
     def on_duration(event: str, seconds: float, **_):
@@ -21,9 +23,12 @@ def cache():
         if event.endswith("/cache_hits"):
             hits.append(event)
 
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        home = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(home / "ddo_jax" / "xla"))
+    if where := os.environ.get("JAX_COMPILATION_CACHE_DIR", ""):
+        if where.startswith("~"):
+            jax.config.update("jax_compilation_cache_dir", os.path.expanduser(where))
+    else:
+        jax.config.update("jax_compilation_cache_dir", str(files.cache_dir("xla")))
+    _check_folder()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.monitoring.register_event_duration_secs_listener(on_duration)
@@ -35,3 +40,18 @@ def cache():
             f"({jax.config.jax_compilation_cache_dir})",
             file=sys.stderr,
         )
+
+
+def _check_folder() -> None:
+    """Go without a cache, with a note, where its folder cannot be written: JAX would warn of every program."""
+    where = jax.config.jax_compilation_cache_dir
+    if where is None or "://" in where:
+        return
+    folder = epath.Path(where)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_bytes(folder / ".writable", b"")
+        (folder / ".writable").unlink(missing_ok=True)
+    except OSError as e:
+        print(f"note: no compilation cache: {folder}: {e.strerror or e}", file=sys.stderr)
+        jax.config.update("jax_compilation_cache_dir", None)

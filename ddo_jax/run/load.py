@@ -19,8 +19,8 @@ from ddo_jax.core.dpm_solver import DPMSettings
 from ddo_jax.errors import UserError
 from ddo_jax.families import FAMILIES, from_released, get_family
 from ddo_jax.families.base import Family
+from ddo_jax.run import classes, state
 from ddo_jax.run import config as configs
-from ddo_jax.run import state
 from ddo_jax.run.checkpoint import Checkpoints, restore_ema
 
 
@@ -47,7 +47,7 @@ def find(what: str) -> Ours | convert.Released:
     Raises:
       UserError: nothing there, or a file that is damaged or unsafe; says what was looked for.
     """
-    path = epath.Path(what)
+    path = epath.Path(what).expanduser()
     if path.is_dir():
         return _find_ours(path)
     local = names.resolve(what)
@@ -95,6 +95,42 @@ def save_frozen(root: epath.Path, frozen) -> None:
                 checkpoints.save(0, {"ema": frozen}, {"step": 0})
 
 
+def class_table(found: Ours | convert.Released) -> list[dict]:
+    """What the weights' maker said of their classes (`data.labels.class_table`): of a run's classes.json, or of an
+    exported file's names; [] if nothing is known.
+
+    Raises:
+      UserError: what is there is no such table.
+    """
+    if isinstance(found, Ours):
+        return classes.of_run(found.root) or classes.of_run(found.root.parent)
+    return classes.of_metadata(found.extras.get("metadata", {}))
+
+
+def _check_architecture(found: Ours, wanted) -> None:
+    """A run's network must have the parameters of `wanted`; Orbax would speak of damage.
+
+    Raises:
+      UserError: names the first parameter that differs.
+    """
+    theirs = jax.eval_shape(family_of(found).init, jax.random.key(0))[0]
+    have, want = (
+        {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (theirs, wanted))
+    )
+    differing = [name for name in {**want, **have} if have.get(name) != want.get(name)]
+    if not differing:
+        return
+    name = differing[0]
+    there, here = (f"shape {shapes[name]}" if name in shapes else "absent" for shapes in (have, want))
+    label_dim = found.config.model.get("label_dim")
+    raise UserError(
+        f"{found.checkpoints}: parameter {name} is {there} there and {here} here ({len(differing)} differ): a network "
+        f"of other arguments; set config.family and config.model as in {found.root / 'config.json'} (label_dim "
+        f"{label_dim}), or config.init = 'scratch'"
+    )
+
+
 def parameters(found: Ours | convert.Released, family: Family, mesh) -> tuple[Any, Any]:
     """(params, frozen) of what `find` found, for a family of the same architecture, placed on the mesh.
 
@@ -105,6 +141,7 @@ def parameters(found: Ours | convert.Released, family: Family, mesh) -> tuple[An
     """
     params, frozen = jax.eval_shape(family.init, jax.random.key(0))
     if isinstance(found, Ours):
+        _check_architecture(found, params)  # first: a partial restore takes what it finds of other networks
         params = restore_ema(found.checkpoints, found.step, sharding.abstract(mesh, params))
         if jax.tree.leaves(frozen):
             root = found.root if (found.root / "frozen").exists() else found.root.parent

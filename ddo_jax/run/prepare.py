@@ -1,9 +1,11 @@
 """From a config and a workdir to a prepared run: family, mesh, data, sampler, evaluator."""
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import importlib.metadata
+import os
 import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,33 +18,43 @@ from ddo_jax import __version__, files, sharding
 from ddo_jax.convert import names
 from ddo_jax.core import frechet
 from ddo_jax.data import sources
+from ddo_jax.data.labels import balanced_rule, present_classes
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate import features, image_sets, references, score
 from ddo_jax.evaluate.collect import DINOV2, MAIN
 from ddo_jax.families import get_family
 from ddo_jax.families.base import Family
-from ddo_jax.run import asked, checkpoint, load, loop, record, rounds, state, step
+from ddo_jax.run import asked, checkpoint, classes, load, loop, record, rounds, state, step
 from ddo_jax.run import config as configs
 
+# Keys that say where something lies: {key: its possible entries in inputs.json}. With equal content they may change.
+PLACES = {"data.name": ["data"], "init": ["start"], "model.vae": ["vae", "vqvae"]}
+PLACES |= {"eval.weights": ["features"], "eval.reference": ["reference"]}
 
-def open_workdir(config, workdir: epath.PathLike) -> epath.Path:
+
+def open_workdir(config, workdir: epath.PathLike, inputs: dict[str, str] | None = None) -> epath.Path:
     """Create the workdir or continue in it; nothing is written if its config is another one.
 
+    Args:
+      inputs: {what: fingerprint}, see `check_inputs`.
+
     Raises:
-      UserError: not writable, or made with another config (the difference is shown).
+      UserError: not writable, cannot hold checkpoints, or made with another config (the difference is shown).
     """
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(workdir).expanduser()
     wanted = config.to_dict()
     try:
         have = files.read_json(workdir / "config.json")
-        changed = [] if have is None else configs.difference(have, wanted)
-        if changed:
-            raise UserError(
-                f"workdir {workdir} was made with another config ({'; '.join(changed)}); "
-                "take another --workdir, or undo the change"
-            )
+        if have is not None:
+            changed = _changes(have, wanted, files.read_json(workdir / "inputs.json") or {}, inputs or {})
+            if changed:
+                raise UserError(
+                    f"workdir {workdir} was made with another config ({'; '.join(changed)}); "
+                    "take another --workdir, or undo the change"
+                )
+        if sharding.agree(have is None):
+            _try_out(workdir)
         if jax.process_index() == 0:
-            workdir.mkdir(parents=True, exist_ok=True)
             files.write_json(workdir / "config.json", wanted)
     except OSError as e:
         raise UserError(
@@ -51,6 +63,47 @@ def open_workdir(config, workdir: epath.PathLike) -> epath.Path:
     except ValueError as e:
         raise UserError(f"{workdir}/config.json: not JSON ({e}); take another --workdir") from None
     return workdir
+
+
+def _changes(old: dict, new: dict, recorded: dict[str, str], inputs: dict[str, str]) -> list[str]:
+    """`configs.difference` without places that moved with what lies there; of the others the contents are shown.
+
+    >>> _changes({"init": "a.pkl"}, {"init": "b.pkl"}, {"start": "1f"}, {"start": "1f"})
+    []
+    >>> _changes({"init": "a.pkl"}, {"init": "b.pkl"}, {"start": "1f"}, {"start": "2e"})
+    ['config.init: a.pkl -> b.pkl (content 1f -> 2e)']
+    """
+    changed = []
+    for line in configs.difference(old, new):
+        key = line.partition(": ")[0].removeprefix("config.")
+        entry = next((e for e in PLACES.get(key, ()) if e in inputs), None)
+        before, now = recorded.get(entry), inputs.get(entry)
+        if before is None or now is None:
+            changed.append(line)
+        elif before != now:
+            changed.append(f"{line} (content {before} -> {now})")
+    return changed
+
+
+def _try_out(workdir: epath.Path) -> None:
+    """Make the workdir if checkpoints can be kept in it; nothing that was not there stays after a refusal.
+
+    Raises:
+      OSError, UserError: see `open_workdir`, `checkpoint.try_out`.
+    """
+    checkpoint.check_name(files.literal(workdir))
+    new = [p for p in (workdir, *workdir.parents) if not p.exists()]
+    lead = jax.process_index() == 0
+    try:
+        if lead:
+            workdir.mkdir(parents=True, exist_ok=True)
+        sharding.agree(True)  # the other hosts wait until it is there
+        checkpoint.try_out(workdir)
+    except (OSError, UserError):
+        for path in new if lead else ():
+            with contextlib.suppress(OSError):  # another job may have begun in it
+                os.rmdir(path)
+        raise
 
 
 @functools.cache
@@ -78,8 +131,9 @@ def make_evaluator(config, workdir, family, frozen, samplers, train):
         reals[config.data.holdout] = sources.of_config(config, config.data.holdout)
     moments, named = make_references(config, network, reals, family.image_shape)
     numbers = {"report": config.eval.num, "select": config.eval.select_num or config.eval.num}
+    present = present_classes(train.class_counts)
     protocol = {
-        "labels": "balanced by position" if family.num_classes else "none",
+        "labels": balanced_rule(present) if family.num_classes else "none",
         "ema": {section: ema_length(config[section]) for section in ("pretrain", "ddo")},
         "quantised_to": f"{config.model.levels} levels",
         "features": f"{network.name} {network.digest}",
@@ -92,7 +146,7 @@ def make_evaluator(config, workdir, family, frozen, samplers, train):
     def evaluate(params, phase: str, at: int, purpose: str, index: int, how: int = 0) -> tuple[dict, np.ndarray]:
         num, (settings, sampler) = numbers[purpose], samplers[how]
         seeds = score.seed_range(purpose, index, num)
-        labels = score.balanced(seeds, family.num_classes)
+        labels = score.balanced(seeds, family.num_classes, present)
         records = sampler(params, frozen, seeds, labels)
         values, images = score.score(network, moments, records, keep=config.eval.grid)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -185,20 +239,32 @@ def check_inputs(workdir: epath.Path, inputs: dict[str, str]) -> None:
     """Refuse to continue on other data or weights than the work already done.
 
     Args:
-      inputs: {what: fingerprint}.
+      inputs: {what: fingerprint}. What an older workdir did not record is recorded now.
 
     Raises:
       UserError: shows what changed.
     """
-    have = files.read_json(workdir / "inputs.json")
-    changed = [f"{k}: {have.get(k)} -> {v}" for k, v in inputs.items() if have.get(k) != v] if have else []
+    have = files.read_json(workdir / "inputs.json") or {}
+    changed = [f"{k}: {have[k]} -> {v}" for k, v in inputs.items() if have.get(k, v) != v]
     if changed:
         raise UserError(
             f"workdir {workdir} was made from other inputs ({'; '.join(changed)}); "
             "take another --workdir, or put them back"
         )
-    if have is None and jax.process_index() == 0:
-        files.write_json(workdir / "inputs.json", inputs)
+    if jax.process_index() == 0 and inputs.keys() - have.keys():
+        files.write_json(workdir / "inputs.json", have | inputs)
+
+
+def scoring_inputs(config) -> dict[str, str]:
+    """Fingerprints of the files that a run is judged by: the feature network's weights, the reference's statistics."""
+    found = {}
+    weights = features.file_of(config.eval.network, config.eval.weights)
+    if weights is not None:
+        found["features"] = f"{config.eval.network} {files.digest(weights)}"
+    if config.eval.reference:
+        path = names.resolve(config.eval.reference)
+        found |= {"reference": files.digest(path)} if Path(path).is_file() else {}
+    return found
 
 
 def check(config) -> Checked:
@@ -214,6 +280,7 @@ def check(config) -> Checked:
     family.companions()
     data = sources.of_config(config, config.data.split)
     check_data(config, family, data)
+    classes.look(config, family, data)
     latent = data.image_shape != family.image_shape
     if config.data.holdout:
         _refuse_latents(latent, "data.holdout", config.data.holdout, "'': they are not decoded to be scored")
@@ -257,8 +324,10 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.
     frozen = load.complete(family, mesh, own)
     inputs = {"data": data.fingerprint, "start": "scratch" if params is None else checkpoint.weights_digest(params)}
     inputs |= {name: checkpoint.weights_digest(frozen[name]) for name in frozen if name not in own}
-    workdir = open_workdir(config, workdir)
+    inputs |= scoring_inputs(config)
+    workdir = open_workdir(config, workdir, inputs)
     check_inputs(workdir, inputs)
+    classes.keep(workdir, data, console)
     load.save_frozen(workdir, own)
     sampler = score.make_sampler(family, settings, mesh, config.eval.batch)
     fakes = sampler  # pixels are stored as they are looked at: one program for both
@@ -320,16 +389,26 @@ def tokenised(config, family, frozen, mesh, data):
 
 
 def check_data(config, family, data) -> None:
-    """The data must have the shape, the classes and the grey levels that the network is built for."""
+    """The data must have the shape, the classes and the grey levels that the network is built for.
+
+    Raises:
+      UserError: they have not; says what to set, or how to make them so.
+    """
     if data.image_shape not in family.record_shapes:
+        mend = "set model.img_resolution and model.img_channels"
+        if len(data.image_shape) == 3 and data.image_shape[0] != data.image_shape[1]:
+            mend = (
+                "height and width differ, and networks here are square: python -m ddo_jax.data SRC DST.zip "
+                f"--crop=center --resolution={config.model.img_resolution} makes a square set, --config.data.crop=var "
+                "crops as it reads"
+            )
         raise UserError(
             f"config.model: takes {' or '.join(map(str, family.record_shapes))}, but {data.name} has "
-            f"{data.image_shape}; set model.img_resolution and model.img_channels"
+            f"{data.image_shape}; {mend}"
         )
     if family.num_classes not in (0, data.num_classes):
-        raise UserError(
-            f"config.model.label_dim: {family.num_classes}; allowed: 0 or {data.num_classes} as in {data.name}"
-        )
+        allowed = f"0 or {data.num_classes} as in {data.name}" if data.num_classes else f"0: {data.name} has no labels"
+        raise UserError(f"config.model.label_dim: {family.num_classes}; allowed: {allowed}")
     if config.model.levels < 256 and data.max_level >= config.model.levels:  # the maximum may need every image
         raise UserError(
             f"config.model.levels: {config.model.levels}, but {data.name} has the grey level {data.max_level}"

@@ -1,7 +1,9 @@
 """Records: one JSON object a line is the record; TensorBoard files and the console are views of it."""
 
+import contextlib
 import json
 import math
+import os
 import sys
 import time
 
@@ -27,26 +29,46 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files of one phase where tensorboardX is installed, else nothing."""
+    """Event files of one phase where tensorboardX is installed, else nothing.
+
+    They are a view of the record: where they cannot be written, a note says so and the run goes on. (SummaryWriter
+    writes from a thread, and waits for ever once that has died of a full disk.)
+    """
 
     def __init__(self, directory: epath.PathLike, enabled: bool = True):
-        self._writer = None
+        self._writer, self._directory = None, str(directory)
         if enabled:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                return
-            self._writer = SummaryWriter(str(directory))
+            with contextlib.suppress(ImportError), self._noting():
+                from tensorboardX.event_file_writer import EventsWriter
+                from tensorboardX.record_writer import directory_check
+
+                directory_check(self._directory)
+                self._writer = EventsWriter(os.path.join(self._directory, "events"))
+
+    @contextlib.contextmanager
+    def _noting(self):
+        try:
+            yield
+        except OSError as e:
+            self._writer = None
+            print(f"note: no TensorBoard files: {self._directory}: {e.strerror or e}", file=sys.stderr)
 
     def write(self, step: int, scalars: dict) -> None:
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        with self._noting():
             for key, value in scalars.items():
                 if isinstance(value, int | float) and key != "step":
-                    self._writer.add_scalar(key, value, step)
+                    self._writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(key, value)))
+            self._writer.flush()
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with self._noting():
+                self._writer.close()
 
 
 def duration(seconds: float) -> str:

@@ -17,10 +17,11 @@ from etils import epath
 from ddo_jax import files, sharding
 from ddo_jax.data import pool as pools
 from ddo_jax.data import sources
+from ddo_jax.data.labels import present_classes
 from ddo_jax.data.pipeline import batches
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate import score
-from ddo_jax.run import asked, fakes, loop, record, search, state, step
+from ddo_jax.run import asked, classes, fakes, loop, record, search, state, step
 from ddo_jax.run import config as configs
 from ddo_jax.run.checkpoint import restore_ema
 
@@ -127,7 +128,7 @@ def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
     """Sample the fakes of a round chunk by chunk; whole chunks of an interrupted pool are kept."""
     family, tools, c = setup.tools.family, setup.tools, setup.config
     seeds = score.seed_range("pool", index, c.ddo.pool)
-    labels = score.balanced(seeds, family.num_classes)
+    labels, rule = classes.pool_labels(c, family, tools.data, len(seeds))
     size = c.eval.batch
     chunks = -(-len(seeds) // size)
     missing = [i for i in range(chunks) if not pools.is_whole(pools.chunk_path(directory, i))]
@@ -143,7 +144,7 @@ def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
         "num_classes": family.num_classes,
         "num": len(seeds),
         "seeds": [int(seeds[0]), int(seeds[-1])],
-        "labels": "balanced by position",
+        "labels": rule,
         "sampler": family.fake_settings(family.settings(c.sampler))._asdict(),
     }
 
@@ -242,7 +243,8 @@ def some_fakes(setup: Setup, ref, index: int, num: int):
     """The reference's own samples as a source, for rounds without a pool."""
     family = setup.tools.family
     seeds = score.seed_range("select", index, num)
-    parts = list(setup.fakes(ref, setup.tools.frozen, seeds, score.balanced(seeds, family.num_classes)))
+    labels = score.balanced(seeds, family.num_classes, present_classes(setup.tools.data.class_counts))
+    parts = list(setup.fakes(ref, setup.tools.frozen, seeds, labels))
     images, labels = (np.concatenate([p[key] for p in parts]) for key in ("image", "label"))
     return sources.ArraySource("fakes", images, labels, family.num_classes)
 
@@ -296,7 +298,7 @@ def tidy(directory: epath.Path, best: dict) -> dict:
         kept = directory / best["candidate"] / "checkpoints" / str(best["step"]) if best["improved"] else None
         for candidate in (d for d in directory.iterdir() if (d / "checkpoints").exists()):
             removed += [d for d in (candidate / "checkpoints").iterdir() if d != kept]
-        removed += (directory / "pool").glob("chunk-*.npz")
+        removed += files.matching(directory / "pool", "chunk-*.npz")
         for path in removed:
             path.rmtree() if path.is_dir() else path.unlink()
     return {"removed": len(removed)}

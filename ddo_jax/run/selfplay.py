@@ -7,8 +7,9 @@ from etils import epath
 from ddo_jax import files, sharding
 from ddo_jax.convert import safetensors
 from ddo_jax.data import sources
+from ddo_jax.data.labels import present_classes
 from ddo_jax.evaluate import score
-from ddo_jax.run import record, report, rounds, search
+from ddo_jax.run import classes, record, report, rounds, search
 from ddo_jax.run.checkpoint import Checkpoints, weights_digest
 from ddo_jax.run.prepare import prepare
 from ddo_jax.run.rounds import Setup
@@ -100,18 +101,19 @@ def held_out_scores(setup: Setup) -> dict:
 def samples(setup: Setup, params, num: int) -> np.ndarray:
     """The first `num` images of the report's first seed range."""
     seeds = score.seed_range("report", 0, setup.config.eval.num)[:num]
-    labels = score.balanced(seeds, setup.tools.family.num_classes)
+    present = present_classes(setup.tools.data.class_counts)
+    labels = score.balanced(seeds, setup.tools.family.num_classes, present)
     records = setup.sampler(params, setup.tools.frozen, seeds, labels)
     return np.concatenate([r["image"] for r in records])
 
 
 def finished(workdir: epath.Path) -> dict[str, dict]:
     """{relative directory: result} of every finished task, in the order of the run."""
-    paths = [*workdir.glob("pretrain/result.json"), *sorted(workdir.glob("rounds/*/*/result.json"))]
-    paths += [
-        *sorted(workdir.glob("control/*/result.json")),
-        *sorted(workdir.glob("report/scores/*/result.json")),
-    ]
+    directories = [workdir / "pretrain"]
+    for number in files.matching(workdir / "rounds", "*"):
+        directories += files.matching(number, "*")
+    directories += [*files.matching(workdir / "control", "*"), *files.matching(workdir / "report" / "scores", "*")]
+    paths = [p for d in directories if (p := d / "result.json").exists()]
     return {str(p.parent.relative_to(workdir)): files.read_json(p) for p in paths}
 
 
@@ -136,8 +138,12 @@ def publish_best(setup: Setup, params) -> None:
                 checkpoints.save(0, {"ema": params}, {"step": 0})
         host = jax.tree.map(sharding.to_host, (params, setup.tools.frozen))
         if jax.process_index() == 0:
-            files.write_bytes(directory / "params.safetensors", safetensors.dumps(*setup.tools.family.export(*host)))
+            arrays, about = setup.tools.family.export(*host)
+            about = about | classes.metadata(setup.tools.data)
+            files.write_bytes(directory / "params.safetensors", safetensors.dumps(arrays, about))
             files.write_json(directory / "config.json", setup.config.to_dict())
+            if (table := files.read_json(setup.workdir / classes.TABLE)) is not None:
+                files.write_json(directory / classes.TABLE, table)  # best/ alone can be taken elsewhere
         return {"weights": weights_digest(params)}
 
     rounds.divide(setup, [search.Task(directory, run)])

@@ -231,3 +231,20 @@ def test_object_stores(monkeypatch, cache):
     assert "no such object" in error("gs://bucket/absent.pkl")
     assert "credentials" in error("gs://bucket/denied.pkl")
     assert "ddo_jax[gcs]" in error("gs://bare/w.pkl")
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path, capsys):
+    """Breaks if weights cannot be used where they cannot be kept, or are fetched for every use."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    fetched = []
+
+    def fetch(url, target):
+        return names._publish(target, lambda temporary: fetched.append(temporary.write_bytes(b"weights")))
+
+    monkeypatch.setattr(names, "_FETCH", {"https": fetch})
+    for _ in range(2):
+        with open(names.resolve("https://example.org/weights.pkl"), "rb") as f:
+            assert f.read() == b"weights"
+    assert len(fetched) == 1
+    assert capsys.readouterr().err.count("note: downloads are not kept for the next time") == 1

@@ -387,3 +387,16 @@ def test_tfds_needs_no_tensorflow(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path)]
     run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert run.stdout.split() == [str(LABELS[3]), "False"]
+
+
+@pytest.mark.parametrize("name", ["set[1]", "a?b", "**", "a:b", "{x}"])
+def test_a_set_is_read_from_the_folder_that_is_named(tmp_path, monkeypatch, name):
+    """Breaks if a folder's name is taken for a pattern, and the neighbour that matches it is read."""
+    write_tfds(tmp_path / name)
+    for neighbour in ("set1", "aXb", "x"):
+        write_tfds(tmp_path / neighbour, num_classes=CLASSES + 2)
+    assert sources.open_source(str(tmp_path / name / "toy"), "train").num_classes == CLASSES
+    for directory in (str(tmp_path / name), "~/" + name):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        for toy in ("tfds:toy", "tfds:toy:1.0.0"):
+            assert sources.open_source(toy, "train", directory).num_classes == CLASSES

@@ -377,3 +377,13 @@ def test_agrees_with_torch_fidelity(tmp_path, real_network):
 def test_constants():
     """Breaks if a protocol constant is changed without a thought for published numbers (section 5)."""
     assert (collect.IS_BLOCK, collect.KID_SIZE, collect.INF_POINTS, collect.INF_LEAST) == (5000, 1000, 15, 5000)
+
+
+def test_numbers_before_their_record(tmp_path, real, capsys):
+    """Breaks if a number that was computed is lost because the record cannot be written, or that is not an error."""
+    folder(tmp_path / "set")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as e:
+        command.main(["--images=set", f"--ref={real}", "--out=file/evals.jsonl"])
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and "fid0.04k" in out and "error: --out: file/evals.jsonl" in err

@@ -165,3 +165,15 @@ def test_npz_of_images_is_a_dataset(tmp_path, monkeypatch):
     found = opened(tmp_path / "x.npz", fid=D, pr=D)
     np.testing.assert_allclose(found.gaussians["fid"].mu, apply(images)["features"].mean(0, np.float64), rtol=1e-12)
     assert found.real.num == 30
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    """Breaks if the number is lost after its features were computed."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    np.savez(tmp_path / "set.npz", arr_0=RNG.integers(0, 256, (20, 4, 4, 3), dtype=np.uint8))
+    before = len(CALLS)
+    for _ in range(2):
+        assert opened(tmp_path / "set.npz").gaussians["fid"].mu.shape == (D,)
+    assert len(CALLS) >= before + 2  # computed each time
+    assert capsys.readouterr().err.count("note: statistics not kept") == 2

@@ -1,4 +1,7 @@
-"""Checkpoints: what is kept, what is restored, what a flipped bit does."""
+"""Checkpoints: what is kept, what is restored, what a flipped bit does, what a folder may be called."""
+
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ddo_jax import sharding
+from ddo_jax import files, sharding
 from ddo_jax.errors import UserError
 from ddo_jax.run import checkpoint
 from ddo_jax.run.checkpoint import Checkpoints, restore_ema
@@ -96,3 +99,67 @@ def test_digest_does_not_depend_on_the_sharding():
     x = jnp.arange(64.0).reshape(8, 8)
     a = jax.jit(checkpoint.digest, in_shardings=NamedSharding(MESH, P(None, "data")))(x)
     assert int(a) == int(checkpoint.digest(x))
+
+
+NAMES = ["run[1]", "a*", "a?b", "**", "a#b%20", "{x,y}", "a:b", "sp ", "new\nline", "x[!1]/y"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_holds_checkpoints(tmp_path, name):
+    """Breaks if Orbax, which takes the folder for a pattern, does not find the stores it wrote, or a neighbour's."""
+    for folder, value in ((name, 1.0), ("run1", 2.0), ("ab", 2.0), ("aXb", 2.0)):
+        with Checkpoints(tmp_path / folder) as c:
+            c.save(0, tree(value), {"step": 0})
+    assert same(restore_ema(tmp_path / name, 0, abstract()["ema"]), tree(1.0)["ema"])
+    with Checkpoints(tmp_path / name) as c:
+        assert same(c.restore_latest(abstract())[0], tree(1.0))
+
+
+def test_stores_of_the_processes_alone(tmp_path):
+    """Breaks if a checkpoint of an older version in `run[1]`, whose arrays lie there without an index, is given up."""
+    with Checkpoints(tmp_path) as c:
+        c.save(0, tree(1.0), {"step": 0})
+    for _ in range(2):
+        (tmp_path / "0" / "state" / "manifest.ocdbt").unlink()
+        shutil.rmtree(tmp_path / "0" / "state" / "d")
+        assert same(restore_ema(tmp_path, 0, abstract()["ema"]), tree(1.0)["ema"])
+    (tmp_path / "0" / "state" / "manifest.ocdbt").unlink()
+    with Checkpoints(tmp_path) as c:
+        assert same(c.restore_latest(abstract())[0], tree(1.0))
+
+
+@pytest.mark.parametrize("name, words", [("a\\b", "a backslash"), (os.fsdecode(b"a\xff"), "not UTF-8")])
+def test_names_that_are_refused(tmp_path, name, words):
+    """Breaks if arrays go to another folder (TensorStore takes a backslash for a slash) without a word."""
+    for attempt in (Checkpoints, checkpoint.try_out, lambda d: restore_ema(d, 0, abstract()["ema"])):
+        with pytest.raises(UserError, match=words) as e:
+            attempt(tmp_path / name)
+        assert ascii(name)[1:-1] in str(e.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_first_save_is_read_back(tmp_path, monkeypatch):
+    """Breaks if a folder that does not give back what was saved is found out after training, or a trial stays."""
+    checkpoint.try_out(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(files, "matching", lambda *_: [])  # as if the stores were not found
+    with pytest.raises(UserError, match="cannot be read back") as e:
+        checkpoint.try_out(tmp_path)
+    assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_messages_advise(tmp_path, capsys):
+    """Breaks if a message tells to remove what may be readable elsewhere, or its advice is of rounds in pretrain/."""
+    directory = tmp_path / "pretrain" / "checkpoints"
+    with Checkpoints(directory) as c:
+        c.save(1, tree(1.0), {"step": 1})
+    (directory / "1" / "state" / "_METADATA").write_text("damaged")
+    (directory / "1" / "state" / "manifest.ocdbt").write_bytes(b"damaged")
+    with pytest.raises(UserError) as first, Checkpoints(directory) as c:
+        c.restore_latest(abstract())
+    with pytest.raises(UserError) as second:
+        restore_ema(directory, 1, abstract()["ema"])
+    for text in (str(first.value), str(second.value)):
+        assert "remove" not in text and "delete" not in text and "aside" in text
+        assert f"{tmp_path / 'pretrain'} " in text

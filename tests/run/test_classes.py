@@ -151,7 +151,8 @@ def test_pool_labels_are_checked(micro, changes):
 def test_images_that_are_not_square(micro, setup):
     """Breaks if a non-square image is only called another shape."""
     data = dataclasses.replace(setup.tools.data, images=np.zeros((2, 8, 12, 1), np.uint8))
-    with pytest.raises(UserError, match="images of 12x8 pixels; networks here are square: .*--crop=center"):
+    wanted = r"has \(8, 12, 1\); height and width differ, and networks here are square: .*--crop=center"
+    with pytest.raises(UserError, match=wanted):
         prepare.check_data(micro, setup.tools.family, data)
 
 

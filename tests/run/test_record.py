@@ -105,3 +105,21 @@ def test_progress():
     assert " 75/100  75%     10s left" in progress.text(75)
     assert "100/100 100%     10s in all" in progress.text(100)
     assert "left" in progress.text(50)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # tensorboardX leaves its file open
+def test_tensorboard_on_a_full_disk(tmp_path, capsys, monkeypatch):
+    """Breaks if a view of the record stops the run, or waits for a thread that died."""
+    events = pytest.importorskip("tensorboardX.event_file_writer")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    board = record.TensorBoard(tmp_path / "a")
+    monkeypatch.setattr(events.EventsWriter, "write_event", full)
+    for step in range(30):
+        board.write(step, {"x": 1.0})
+    board.close()
+    record.TensorBoard(tmp_path / "b").close()
+    err = capsys.readouterr().err
+    assert err.count("note: no TensorBoard files") == 2 and err.count("\n") == 2

@@ -1,7 +1,9 @@
 """The whole job in little: what it leaves behind, run again, continued, judged."""
 
 import dataclasses
+import errno
 import json
+import os
 import types
 
 import jax
@@ -172,11 +174,11 @@ def test_one_diverging_candidate_does_not_end_the_round(setup, new_workdir, monk
 def test_random_crops_reach_the_run(micro, tmp_path, monkeypatch):
     """Breaks if training data or held-out images are opened without the config's crop, or a plan is."""
     for i, size in enumerate([(9, 20), (14, 8), (30, 30)]):
-        path = tmp_path / "raw" / f"n{i % 2}" / f"{i}.png"
+        path = tmp_path / "raw" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size, (i, 0, 0)).save(path)
     micro.data.update(name=str(tmp_path / "raw"), split="train[:2]", holdout="train[2:]", crop="var")
-    micro.model.update(img_channels=3, label_dim=2, levels=256)
+    micro.model.update(img_channels=3, label_dim=0, levels=256)
     micro.eval.network = "inception"
     monkeypatch.setattr(features, "check", lambda *args: None)  # its weights are not at hand
     data = prepare.check(micro).data
@@ -197,3 +199,68 @@ def test_other_inputs_are_refused(tmp_path):
     prepare.check_inputs(workdir, {"data": "a", "start": "scratch"})
     with pytest.raises(UserError, match="other inputs .data: a -> b.;"):
         prepare.check_inputs(workdir, {"data": "b", "start": "scratch"})
+
+
+def test_inputs_that_were_not_recorded(tmp_path):
+    """Breaks if a workdir of an older version, which knew fewer inputs, does not continue, or never learns them."""
+    workdir = rounds.epath.Path(tmp_path)
+    prepare.check_inputs(workdir, {"data": "a"})
+    prepare.check_inputs(workdir, {"data": "a", "features": "1f"})
+    with pytest.raises(UserError, match="features: 1f -> 2e"):
+        prepare.check_inputs(workdir, {"data": "a", "features": "2e"})
+
+
+def test_moved_inputs_continue(tmp_path, micro):
+    """Breaks if data or weights at another path with equal content are refused, or other content is not."""
+    for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / f"{name}.npz").write_bytes(content)
+    workdir = tmp_path / "run"
+
+    def go(name, data):
+        micro.eval.update(network="inception", weights=f"{tmp_path}/{name}.npz", reference=f"{tmp_path}/{name}.npz")
+        micro.data.name = f"folder:{tmp_path}/{name}"
+        inputs = {"data": data, "start": "scratch", **prepare.scoring_inputs(micro)}
+        prepare.check_inputs(prepare.open_workdir(micro, workdir, inputs), inputs)
+
+    go("a", "1f")
+    go("b", "1f")
+    assert json.loads((workdir / "config.json").read_text())["eval"]["weights"] == f"{tmp_path}/b.npz"
+    with pytest.raises(UserError, match=r"config.data.name: folder:.*/b -> folder:.*/a .content 1f -> 2e."):
+        go("a", "2e")
+    with pytest.raises(UserError, match=r"config.eval.weights: .*b.npz -> .*c.npz .content inception \w+ -> inception"):
+        go("c", "1f")
+    micro.init = "elsewhere"
+    with pytest.raises(UserError, match="config.init: scratch -> elsewhere"):
+        prepare.open_workdir(micro, workdir, {"data": "1f", "start": "3d"})
+
+
+def test_tidy_leaves_neighbours_alone(tmp_path):
+    """Breaks if a workdir `r?` deletes the pool of `r1`."""
+    for name in ("r?", "r1", "r[1]"):
+        (tmp_path / name / "pool").mkdir(parents=True)
+        (tmp_path / name / "pool" / "chunk-00000.npz").write_text("x")
+    best = {"candidate": "c", "step": 1, "improved": False}
+    for name in ("r?", "r[1]"):
+        assert rounds.tidy(rounds.epath.Path(tmp_path / name), best) == {"removed": 1}
+    assert [p.parents[1].name for p in tmp_path.rglob("chunk*")] == ["r1"]
+
+
+def test_a_full_disk_is_said_and_the_run_continues(setup, tmp_path, monkeypatch):
+    """Breaks if a disk that fills up while the pool is written loses whole chunks, leaves torn ones, or is no line."""
+    directory, replace, moved = rounds.epath.Path(tmp_path), os.replace, []
+    ref = jax.tree.map(np.asarray, setup.tools.family.init(jax.random.key(0))[0])
+
+    def second_is_full(source, target):
+        if moved:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        moved.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", second_is_full)
+        with pytest.raises(UserError, match="no space left on the disk; kept"), files.full_disk("kept"):
+            rounds.make_pool(setup, directory, ref, 0)
+    (first,) = tmp_path.iterdir()
+    before = first.stat().st_mtime_ns
+    assert rounds.make_pool(setup, directory, ref, 0)["chunks"] == 2
+    assert len(list(tmp_path.iterdir())) == 2 and first.stat().st_mtime_ns == before
