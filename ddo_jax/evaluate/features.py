@@ -72,6 +72,19 @@ def _rgb(images: np.ndarray) -> np.ndarray:
     return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
+def _grey(images: np.ndarray) -> np.ndarray:
+    """One channel of grey images that a file holds in three, as the .npz for OpenAI's evaluator does.
+
+    Raises:
+      UserError: colours.
+    """
+    if images.shape[-1] != 3:
+        return images
+    if not (images == images[..., :1]).all():
+        raise UserError("digits classifier, 32 features: takes grey images, and these have colours; set --network")
+    return images[..., :1]
+
+
 def _weights(name: str, weights: str | None):
     """(what the file holds, twelve hex digits of its SHA-256) of a feature network's file."""
     path = names.resolve(weights or DEFAULT_WEIGHTS[name])
@@ -134,7 +147,7 @@ def _digits(weights: str | None, train, cache: epath.Path) -> FeatureNet:
         layers = tuple((arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(len(arrays) // 2))
 
     def apply(images):
-        features, logits = digits.features_and_logits(layers, images)
+        features, logits = digits.features_and_logits(layers, _grey(images))
         return {"features": np.asarray(features), "class_logits": np.asarray(logits)}
 
     return FeatureNet("digits classifier, 32 features", digits.Classifier(layers).digest, "fd_x100", 100.0, apply)

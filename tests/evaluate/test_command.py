@@ -169,15 +169,23 @@ def test_digits_network(tmp_path, capsys):
     from ddo_jax.data import sources
 
     digits = sources.open_source("digits", "test").images[:30]
-    np.savez("raw.npz", arr_0=np.round(digits * (255 / 16)).astype(np.uint8))
+    full = np.round(digits * (255 / 16)).astype(np.uint8)
+    np.savez("raw.npz", arr_0=full)
+    np.savez("three.npz", arr_0=np.repeat(full, 3, axis=-1))  # as sample --out=x.npz writes them
+    np.savez("colours.npz", arr_0=np.concatenate([full, full, 255 - full], axis=-1))
     folder(tmp_path / "set")
     with jax.numpy_dtype_promotion("standard"):  # optax.adamw fails under "strict"
-        command.main(["--images=raw.npz", "--ref=digits", "--network=digits"])
+        for name in ("raw.npz", "three.npz"):
+            command.main([f"--images={name}", "--ref=digits", "--network=digits"])
+        with pytest.raises(SystemExit):
+            command.main(["--images=colours.npz", "--ref=digits", "--network=digits"])
+        assert "takes grey images, and these have colours" in capsys.readouterr().err
         with pytest.raises(SystemExit):
             command.main(["--images=set", "--ref=digits", "--network=digits"])
         net = features.get_features("digits", sources.open_source("digits", "train"), references.cache_dir())
     assert "digits classifier, 32 features does not take images of (16, 16, 3)" in capsys.readouterr().err
-    (record,) = lines()
+    record, three = lines()
+    assert record["fd_x100"] == three["fd_x100"]
     train = net.apply(sources.open_source("digits", "train").images)["features"]
     expected = 100 * frechet.frechet_from_features(train, net.apply(digits)["features"])
     np.testing.assert_allclose(record["fd_x100"], expected, rtol=1e-4)
