@@ -116,9 +116,10 @@ class TfdsRecords:
             return None
         blocks = (data.__getitems__(range(i, min(i + 4096, len(data)))) for i in range(0, len(data), 4096))
         try:
-            return np.array([record.get("label", -1) for block in blocks for record in block], np.int32).clip(-1)
-        except (OSError, ValueError, RuntimeError, IndexError, TypeError):  # damaged: reading its images will name it
-            return None
+            labels = np.array([record.get("label", -1) for block in blocks for record in block], np.int32)
+        except (OSError, ValueError, RuntimeError, IndexError, TypeError, OverflowError):
+            return None  # damaged: reading its images will name it
+        return labels if np.all((labels >= 0) & (labels < self.num_classes)) else None
 
     def __len__(self) -> int:
         return len(self._data)

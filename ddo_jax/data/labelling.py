@@ -15,6 +15,7 @@ from ddo_jax.errors import UserError
 
 _EDM_NAME = re.compile(r"\d{5}/img(-mean-std-)?\d{8}\.\w+")
 _SPLIT = re.compile(r"train(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
+MOST_CLASSES = 10**6  # a label above is none, and tables of classes would fill the memory
 _PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "holdout"}
 
 
@@ -89,9 +90,10 @@ def parse_labels(text: bytes, names: list[str], where: str) -> Labelling:
             raise UserError(f"{where}: {what} {min(missing)} ({len(missing)} such); every image must have one label")
     for name in names:
         label = table[name]
-        if type(label) is not int or not 0 <= label < 2**31:
+        if type(label) is not int or not 0 <= label < MOST_CLASSES:
             kind = "vectors are not supported: " if isinstance(label, list) else ""
-            raise UserError(f"{where}: {kind}label {str(label)[:40]} of {name}; allowed: class numbers 0, 1, 2 ...")
+            allowed = f"class numbers 0, 1, 2 ... below {MOST_CLASSES:,}"
+            raise UserError(f"{where}: {kind}label {str(label)[:40]} of {name}; allowed: {allowed}")
     labels = np.array([table[name] for name in names], np.int32)
     return Labelling(labels, *_classes(classes, int(labels.max()) + 1, where))
 

@@ -105,6 +105,7 @@ def test_dataset_json_one_level_down(tmp_path, write):
         ('{"labels": [["0.png", 0], ["1.png", 1], ["0.png", 1]]}', r"0.png is there twice \(labels 0 and 1\)"),
         ('{"labels": [["a/0.png", 0], ["a\\\\0.png", 1]]}', "a/0.png is there twice"),
         ('{"labels": null, "labels": [["0.png", 0], ["1.png", 1]]}', "the key 'labels' is there twice"),
+        ('{"labels": [["0.png", 0], ["1.png", 2147483647]]}', "label 2147483647 of 1.png; allowed: .* below 1,000,000"),
         ('{"labels": [["0.png", 0], ["1.png", 1]], "classes": ["a"]}', "allowed: a list of 2 or more different"),
         ('{"labels": [["0.png", 0], ["1.png", 1]], "classes": ["a", "a"]}', "allowed: a list of 2 or more different"),
         ('{"labels": [["0.png", 0], ["1.png", 1]], "classes": {"a": 0, "b": 1}}', "allowed: a list of 2 or more"),
