@@ -5,6 +5,7 @@ draws = {"sigma": [B], "eps": [B,H,W,C]}.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -137,6 +138,9 @@ class Diffusion:
         given = own_settings(sampler, DIFFUSION_SAMPLER, VAR_SAMPLER)
         solver = given.pop("solver", "heun")
         try:
+            for key, value in given.items():
+                if math.isnan(value):  # also of those that this solver does not use
+                    raise ValueError(f"{key} is nan: it must be a number")
             if solver == "heun":
                 settings = samplers.HeunSettings(**given, grid=self.heun_grid)
                 samplers.heun_schedule(settings)  # refuses what cannot be sampled with

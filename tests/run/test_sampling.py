@@ -192,6 +192,11 @@ def test_npz_for_other_evaluators(released, tmp_path):
         (["--guide=x"], "--guide=x with --guidance=None: set --guidance=1.4 or another weight, too"),
         (["--guidance=nan", "--guide=x"], "--guidance: nan; allowed: a finite number"),
         (["--solver=dpmv3", "--num_steps=200"], "config.sampler: "),
+        (["--solver=dpmv3", "--s_noise=nan"], "config.sampler: s_noise is nan"),
+        (["--sigma_max=inf"], "config.sampler: sigma_max is inf"),
+        (["--sigma_min=1e-40"], "config.sampler: sigma_min is 1e-40"),
+        (["--rho=1e-4"], "config.sampler: rho is 0.0001"),
+        (["--rho=0"], "config.sampler: rho is 0.0"),
     ],
 )
 def test_mistakes_are_one_line(released, tmp_path, capsys, flags, words):
