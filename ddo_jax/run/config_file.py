@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from ddo_jax.errors import UserError
 
@@ -44,9 +45,18 @@ class Parser(flags.ArgumentParser):
         path, variant = split(argument)
         if not path.is_file():
             raise UserError(f"--config: {argument}: no such file; allowed: FILE.py or FILE.py:VARIANT, as in configs/")
-        with _neighbours(path.absolute().parent):
-            module = _execute("ddo_jax_config_file", path)
-            config = module.get_config(*([] if variant is None else [variant]))
+        try:
+            with _neighbours(path.absolute().parent):
+                module = _execute("ddo_jax_config_file", path)
+                config = module.get_config(*([] if variant is None else [variant]))
+        except (Exception, SystemExit) as e:  # somebody's program: it may raise anything, or exit
+            reason = " ".join(str(e).split()) or "no message"
+            raise UserError(f"--config: {argument}: {type(e).__name__}: {reason}") from None
+        if not isinstance(config, ConfigDict):
+            raise UserError(
+                f"--config: {argument}: get_config() gives {type(config).__name__}; it must return the ConfigDict that "
+                "starts as ddo_jax.run.config.base()"
+            )
         return config.lock()
 
 

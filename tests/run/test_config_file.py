@@ -86,3 +86,22 @@ def test_every_optional_key_can_be_unset():
     assert config.eval.weights is None
     with pytest.raises(UserError, match="config.data: None; allowed: a value"):
         config_file.unset(config, "data")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("def get_config(:", "SyntaxError: invalid syntax"),
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("def get_config(): raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
+        ("def get_config(): 1 / 0", "ZeroDivisionError: division by zero"),
+        ("def get_config(): pass", "get_config.. gives NoneType; it must return the ConfigDict"),
+        ("x = 1", "AttributeError: .*get_config"),
+    ],
+)
+def test_a_config_file_that_fails(tmp_path, text, words):
+    """Breaks if somebody's config file ends the command in a traceback, or in exit code 0."""
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"--config: .*mine.py: {words}"):
+        config_file.Parser().parse(str(path))
