@@ -11,9 +11,11 @@ import hashlib
 import json
 import os
 import re
+import socket
 import sys
 import tempfile
 import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,9 +59,64 @@ def literal(path: epath.PathLike) -> Literal:
     return Literal(local.resolve() if ".." in local.parts else local.absolute())  # behind a link `..` leads elsewhere
 
 
+def host_id() -> str:
+    """Eight hex digits of this host's name, for names of files."""
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
 def _temporary(path: epath.Path) -> epath.Path:
-    """Nobody else's name: process ids are equal in two containers on one shared folder."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    """Nobody else's name (process ids are equal in two containers on one shared folder) that tells whose it is."""
+    return path.with_name(f".{path.name[:50]}.{host_id()}-{os.getpid()}-{uuid.uuid4().hex[:16]}.tmp")
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is a process of that number on this host."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+_LEFT = re.compile(r"\..+\.(?:([0-9a-f]{8})-(\d+)-[0-9a-f]{16}|[0-9a-f]{32})\.tmp")  # the latter before 2026-12
+
+
+def remove_leftovers(root: epath.PathLike, age_s: float) -> list[epath.Path]:
+    """Remove the temporary files of writers that were killed, anywhere below a local folder.
+
+    Args:
+      age_s: of another host's writer nothing is known: its file goes when it has not grown for so long.
+
+    Returns:
+      What was removed. What cannot be removed stays.
+    """
+    removed = []
+    if "://" in os.fspath(root):
+        return removed
+    now = filesystem_time(root)
+    for directory, _, names in os.walk(root):
+        for name in names:
+            path = os.path.join(directory, name)
+            with contextlib.suppress(OSError):
+                if (match := _LEFT.fullmatch(name)) and _is_left(match, now - os.stat(path).st_mtime, age_s):
+                    os.unlink(path)
+                    removed.append(epath.Path(path))
+    return removed
+
+
+def _is_left(match: re.Match, age: float, age_s: float) -> bool:
+    host, pid = match[1], match[2]
+    return age > age_s or (host == host_id() and not is_running(int(pid)))
+
+
+def filesystem_time(directory: epath.PathLike) -> float:
+    """Now, by the clock that stamps the files of a folder: those of two hosts on a shared one may differ."""
+    with tempfile.TemporaryFile(dir=directory) as probe:
+        probe.write(b"x")
+        probe.flush()
+        return os.fstat(probe.fileno()).st_mtime
 
 
 @contextlib.contextmanager
@@ -69,6 +126,8 @@ def writing(path: epath.PathLike) -> Iterator[BinaryIO]:
     After an exception there is neither the new file nor a temporary one.
     """
     path = epath.Path(path)
+    if os.path.exists(path) and not os.path.isfile(path):  # a rename would take its place, also a device's
+        raise OSError(errno.EEXIST, "it exists and is no regular file", os.fspath(path))
     temporary = _temporary(path)
     try:
         with open(temporary, "wb") as f:
@@ -101,8 +160,71 @@ def read_json(path: epath.PathLike) -> Any | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+class Damaged(ValueError):
+    """A record that is there and cannot be trusted; one line that begins with its path."""
+
+
+CHECKSUM = "checksum"  # the last entry, on a line of its own
+
+
+def checksum(value: dict) -> str:
+    """Twelve hex digits of a JSON object without its checksum; whitespace and the order of keys do not count.
+
+    >>> checksum({"a": 1, "b": [2.5]}) == checksum({"b": [2.5], "a": 1, "checksum": "?"}) != checksum({"a": 1})
+    True
+    """
+    plain = json.loads(json.dumps({k: v for k, v in value.items() if k != CHECKSUM}, default=float))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def sealed(value: dict) -> dict:
+    """The object with its checksum."""
+    return {**{k: v for k, v in value.items() if k != CHECKSUM}, CHECKSUM: checksum(value)}
+
+
+def unsealed(value: Any, name: epath.PathLike) -> dict:
+    """The object without its checksum; one of an older version has none.
+
+    Raises:
+      Damaged: no object, or its checksum is of another one.
+    """
+    if not isinstance(value, dict):
+        raise Damaged(f"{name}: no JSON object")
+    if value.get(CHECKSUM, checksum(value)) != checksum(value):
+        raise Damaged(f"{name}: its content does not match its checksum")
+    return {k: v for k, v in value.items() if k != CHECKSUM}
+
+
+def write_sealed(path: epath.PathLike, value: dict) -> None:
+    """`write_json` of a record that decides something: with a checksum."""
+    write_json(path, sealed(value))
+
+
+def read_sealed(path: epath.PathLike) -> dict | None:
+    """The record, or None if there is no such file.
+
+    Raises:
+      Damaged: not JSON, no object, another checksum, or it cannot be read.
+    """
+    try:
+        return unsealed(json.loads(epath.Path(path).read_bytes()), path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Damaged:
+        raise
+    except OSError as e:
+        raise Damaged(f"{path}: cannot be read ({e.strerror or e})") from None
+    except (ValueError, RecursionError) as e:
+        reason = "nested too deeply" if isinstance(e, RecursionError) else " ".join(str(e).split())
+        raise Damaged(f"{path}: {'empty' if is_empty(path) else f'not JSON ({reason})'}") from None
+
+
+def is_empty(path: epath.PathLike) -> bool:
+    return epath.Path(path).stat().length == 0
+
+
 def create_exclusive(path: epath.PathLike, data: bytes) -> bool:
-    """Create a file if it is absent; False if somebody was first. Atomic on local file systems."""
+    """Create a file if it is absent; False if somebody was first. Whole or absent where there are hard links."""
     path = epath.Path(path)
     if "://" in os.fspath(path):  # no exclusive create through epath: the claim's lease covers the gap
         if path.exists():
@@ -110,32 +232,59 @@ def create_exclusive(path: epath.PathLike, data: bytes) -> bool:
         path.write_bytes(data)
         return True
     temporary = _temporary(path)
-    temporary.write_bytes(data)
     try:
+        _write_through(temporary, data)
         os.link(temporary, path)  # fails if `path` exists, and never shows a half-written file
         return True
     except FileExistsError:
         return False
-    except OSError:  # a file system without hard links: exclusive, though a reader may see it before its content
-        try:
-            with open(path, "xb") as f:
-                f.write(data)
-            return True
-        except FileExistsError:
-            return False
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _create_under_lock(path, temporary)
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
+
+
+def _write_through(path: epath.Path, data: bytes) -> None:
+    with open(path, "xb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _create_under_lock(path: epath.Path, temporary: epath.Path) -> bool:
+    """`create_exclusive` on a file system without hard links: a folder can be made by one only, renames are whole."""
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        os.mkdir(lock)
+    except FileExistsError:  # held for a moment, or left by a killed process
+        with contextlib.suppress(OSError):
+            if filesystem_time(path.parent) - os.stat(lock).st_mtime > LOCK_S:
+                os.rmdir(lock)
+        return False
+    try:
+        if path.exists():
+            return False
+        os.replace(temporary, path)
+        return True
+    finally:
+        with contextlib.suppress(OSError):
+            os.rmdir(lock)
+
+
+LOCK_S = 60.0  # what is held under the lock takes milliseconds
 
 
 def read_jsonl(path: epath.PathLike) -> list[dict]:
-    """All whole lines of a JSON-lines file; a torn last line (kill during a write) is left out."""
+    """All whole lines of a JSON-lines file; a torn last line (kill during a write), or an odd one, is left out."""
     path = epath.Path(path)
     records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
     return records
 
 
@@ -160,9 +309,9 @@ def keep(path: epath.PathLike, data: bytes, what: str) -> None:
         print(f"note: {what} not kept for the next time: {path}: {e.strerror or e}", file=sys.stderr)
 
 
-def digest(path: os.PathLike | str) -> str:
-    """Twelve hex digits of the SHA-256 of a local file."""
-    with open(path, "rb") as f:
+def digest(path: epath.PathLike) -> str:
+    """Twelve hex digits of the SHA-256 of a file."""
+    with epath.Path(path).open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:12]
 
 

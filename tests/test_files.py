@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -85,3 +87,88 @@ def test_full_disk(error, full):
         raise error
     if full:
         assert "no space left on the disk" in str(e.value) and str(e.value).endswith("; RUN keeps its work")
+
+
+def test_sealed_records(tmp_path):
+    """Breaks if a changed digit of a record is believed, or an older version's record without checksum refused."""
+    path, value = tmp_path / "result.json", {"score": 1.25, "n": 12, "name": "x", "none": None}
+    assert files.read_sealed(path) is None
+    files.write_sealed(path, value)
+    assert files.read_sealed(path) == value
+    lines = path.read_text().splitlines()
+    assert lines[-2].strip().startswith('"checksum"')  # a line of its own
+    text = path.read_text()
+    for i, c in enumerate(text):
+        path.write_text(text[:i] + ("7" if c != "7" else "3") + text[i + 1 :])
+        try:
+            assert value.items() <= files.read_sealed(path).items(), i  # blanks, or the name of the checksum
+        except files.Damaged as e:
+            assert str(e).startswith(str(path)) and "\n" not in str(e)
+    files.write_json(path, value)
+    assert files.read_sealed(path) == value
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"[" * 200_000, b"\xff", b'{"a": 1, "checksum": 5}'])
+def test_damaged_records(tmp_path, content):
+    """Breaks if it is anything but one line with the path."""
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(files.Damaged, match="x.json: .") as e:
+        files.read_sealed(path)
+    assert "\n" not in str(e.value)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(files.Damaged, match="cannot be read"):
+        files.read_sealed(path)
+
+
+def test_odd_lines_of_a_record_are_left_out(tmp_path):
+    """Breaks if a damaged line ends in a traceback."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n[]\n3\n\xff\xfe\n{"x": 1}\n' + b"[" * 100_000 + b'\n{"step": 2}\n{"st')
+    assert files.read_jsonl(path) == [{"step": 1}, {"x": 1}, {"step": 2}]
+
+
+def test_leftovers_of_killed_writers(tmp_path):
+    """Breaks if a killed writer's bytes stay for ever, or a living writer's file is taken away."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    here, there = files.host_id(), "00000000"
+    names = {
+        f".a.npz.{here}-{child.pid}-{'0' * 16}.tmp": True,  # its process is gone
+        f".a.npz.{here}-{os.getppid()}-{'0' * 16}.tmp": False,  # lives
+        f".a.npz.{there}-{child.pid}-{'0' * 16}.tmp": False,  # of another host, new
+        f".a.npz.{'0' * 32}.tmp": False,  # of an older version, new
+        ".mine.tmp": False,
+        "a.tmp": False,
+    }
+    folder = tmp_path / "rounds" / "001" / "pool"
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).write_bytes(b"x")
+    assert {p.name for p in files.remove_leftovers(tmp_path, 600)} == {name for name, gone in names.items() if gone}
+    for name in names:
+        if (folder / name).exists():
+            os.utime(folder / name, (0, 0))
+    files.remove_leftovers(tmp_path, 600)
+    assert sorted(p.name for p in folder.iterdir()) == [".mine.tmp", "a.tmp"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # of fork
+def test_a_temporary_file_is_known_again(tmp_path, monkeypatch):
+    """Breaks if the names that are written and those that are removed part ways."""
+    monkeypatch.setattr(os, "replace", lambda *_: os._exit(9))
+    pid = os.fork()
+    if not pid:
+        files.write_bytes(tmp_path / ("n" * 200), b"content")
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] >> 8 == 9 and len(list(tmp_path.iterdir())) == 1
+    assert len(files.remove_leftovers(tmp_path, 600)) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_a_device_is_not_replaced(tmp_path):
+    """Breaks if a rename puts a file in the place of /dev/full, /dev/null or a pipe."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"):
+        files.write_bytes(tmp_path / "pipe", b"x")
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe"]

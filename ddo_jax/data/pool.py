@@ -4,10 +4,9 @@ A chunk is an .npz (one CRC-32 per array, checked on reading) published by an at
 interrupted pool continues after its last whole chunk.
 """
 
+import hashlib
 import io
 import itertools
-import zipfile
-import zlib
 
 import numpy as np
 from etils import epath
@@ -17,31 +16,54 @@ from ddo_jax.data.sources import ArraySource
 from ddo_jax.errors import UserError
 
 MARKER = "result.json"
-DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+DAMAGED = Exception  # INTERIM
 
 
 def chunk_path(directory: epath.Path, index: int) -> epath.Path:
     return directory / f"chunk-{index:05d}.npz"
 
 
-def write_chunk(directory: epath.Path, index: int, images: np.ndarray, labels: np.ndarray) -> None:
-    """Publish chunk `index`: images uint8 or float32 [n, H, W, C], labels int32 [n]."""
+def write_chunk(
+    directory: epath.Path, index: int, images: np.ndarray, labels: np.ndarray, seeds: np.ndarray | None = None
+) -> str:
+    """Publish chunk `index`: images uint8 or float32 [n, H, W, C], labels int32 [n], seeds uint32 [n]; its digest."""
     buffer = io.BytesIO()
-    np.savez(buffer, images=images, labels=labels)
+    np.savez(buffer, images=images, labels=labels, **({} if seeds is None else {"seeds": seeds}))
     files.write_bytes(chunk_path(directory, index), buffer.getvalue())
+    return digest(images, labels)
 
 
-def read_chunk(path: epath.Path) -> tuple[np.ndarray, np.ndarray]:
+def digest(images: np.ndarray, labels: np.ndarray) -> str:
+    """Twelve hex digits of a chunk's content; those of all chunks stand in the pool's result.json."""
+    content = hashlib.sha256()
+    for array in (images, labels):
+        content.update(f"{array.dtype} {array.shape}".encode())
+        content.update(np.ascontiguousarray(array))
+    return content.hexdigest()[:12]
+
+
+def read_chunk(
+    path: epath.Path, expected: str | None = None, seeds: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(images, labels) of a chunk.
 
+    Args:
+      expected: its digest, if known. seeds: those that it must be of (chunks before 2026-12 do not say theirs).
+
     Raises:
-      UserError: missing or damaged; names the file.
+      UserError: missing, damaged or another one; names the file.
     """
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as chunk:
-            return chunk["images"], chunk["labels"]
+        arrays = dict(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
+        images, labels = arrays["images"], arrays["labels"]
     except DAMAGED as e:
         raise _damaged(path, e) from None
+    if images.ndim != 4 or labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        raise _damaged(path, f"images {images.shape}, labels {labels.dtype} {labels.shape}")
+    other = seeds is not None and not np.array_equal(arrays.get("seeds", seeds), seeds)
+    if other or expected not in (None, digest(images, labels)):
+        raise _damaged(path, "its content is of another chunk" if other else "its content does not match its digest")
+    return images, labels
 
 
 def _damaged(path: epath.Path, reason) -> UserError:
@@ -52,19 +74,41 @@ def _damaged(path: epath.Path, reason) -> UserError:
 def _labels(path: epath.Path) -> np.ndarray:
     """The labels of a chunk, without its images."""
     try:
-        with path.open("rb") as f, np.load(f, allow_pickle=False) as chunk:
-            return chunk["labels"]
+        with path.open("rb") as f:
+            return np.load(f, allow_pickle=False)["labels"]
     except DAMAGED as e:
         raise _damaged(path, e) from None
 
 
-def is_whole(path: epath.Path) -> bool:
-    """Whether a chunk is there and undamaged (an interrupted pool makes the others again)."""
+def kept_digest(path: epath.Path, expected: str | None, seeds: np.ndarray) -> str | None:
+    """The digest of a chunk that is there and right; None of any other (an interrupted pool makes those again)."""
     try:
-        read_chunk(path)
-        return True
+        return digest(*read_chunk(path, expected, seeds))
     except UserError:
-        return False
+        return None
+
+
+def problem(directory: epath.Path, result: dict) -> str:
+    """The first chunk of a finished pool that is not as it was written, in words; "" if there is none."""
+    try:
+        for path, expected in _chunks(directory, result):
+            read_chunk(path, expected)
+    except UserError as e:
+        return str(e).partition(";")[0]
+    return ""
+
+
+def _chunks(directory: epath.Path, result: dict) -> list[tuple[epath.Path, str | None]]:
+    """(path, digest) of every chunk; pools before 2026-12 have no digests.
+
+    Raises:
+      UserError: it is no record of a pool.
+    """
+    number = result.get("chunks")
+    digests = result.get("digests", [None] * number if type(number) is int and 0 < number < 10**7 else None)
+    if type(number) is not int or not isinstance(digests, list) or len(digests) != number or number < 1:
+        raise _damaged(directory / MARKER, "it is no record of a pool")
+    return [(chunk_path(directory, i), d) for i, d in enumerate(digests)]
 
 
 def open_pool(directory: epath.Path) -> ArraySource:
@@ -75,19 +119,25 @@ def open_pool(directory: epath.Path) -> ArraySource:
     Raises:
       UserError: not finished, or a chunk that is damaged or unlike the first; it is named.
     """
-    marker = files.read_json(directory / MARKER)
+    try:
+        marker = files.read_sealed(directory / MARKER)
+    except files.Damaged as e:
+        raise _damaged(directory / MARKER, e) from None
     if marker is None:
         raise UserError(f"{directory}: no finished pool ({MARKER} is missing)")
-    paths = [chunk_path(directory, i) for i in range(marker["chunks"])]
-    labels = [_labels(path) for path in paths]  # first, for they tell the size of the pool
+    chunks = _chunks(directory, marker)
+    labels = [_labels(path) for path, _ in chunks]  # first, for they tell the size of the pool
     ends = list(itertools.accumulate(map(len, labels)))
     images = None
-    for path, own, end in zip(paths, labels, ends, strict=True):
-        part, _ = read_chunk(path)
+    for (path, expected), own, end in zip(chunks, labels, ends, strict=True):
+        part, _ = read_chunk(path, expected)
         if images is None:
             images = np.empty((ends[-1], *part.shape[1:]), part.dtype)
         if part.dtype != images.dtype or part.shape != (len(own), *images.shape[1:]):
             wanted = f"{images.dtype} {(len(own), *images.shape[1:])}"
             raise _damaged(path, f"images {part.dtype} {part.shape}, expected {wanted}")
         images[end - len(own) : end] = part
-    return ArraySource(f"pool:{directory.parent.name}", images, np.concatenate(labels), marker["num_classes"])
+    labels, num_classes = np.concatenate(labels), marker.get("num_classes")
+    if type(num_classes) is not int or labels.min(initial=0) < 0 or labels.max(initial=0) > max(num_classes, 0):
+        raise _damaged(directory / MARKER, f"labels up to {labels.max(initial=0)} of {num_classes} classes")
+    return ArraySource(f"pool:{directory.parent.name}", images, labels, num_classes)

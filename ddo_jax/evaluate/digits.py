@@ -5,6 +5,7 @@ two seconds; its 32 hidden features take the place of Inception's 2048. Its seed
 candidates and the control are judged by the same network.
 """
 
+import math
 import zlib
 from typing import NamedTuple
 
@@ -67,6 +68,20 @@ def train(images: np.ndarray, labels: np.ndarray, num_classes: int = 10) -> Clas
     run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys)[0][0])
     fitted = run((layers, tx.init(layers)), jax.random.split(keys[-1], STEPS))
     return Classifier(jax.tree.map(np.asarray, fitted))
+
+
+def check(layers, data) -> None:
+    """Refuse layers that are none of this classifier's for a data set.
+
+    Raises:
+      ValueError: another number of layers, other shapes or dtypes, or values that are not finite.
+    """
+    sizes = (math.prod(data.image_shape), 128, FEATURES, data.num_classes)
+    wanted = [((m, n), (n,)) for m, n in zip(sizes[:-1], sizes[1:], strict=True)]
+    if [tuple(x.shape for x in layer) for layer in layers] != wanted:
+        raise ValueError("its arrays have other shapes")
+    if not all(x.dtype == np.float32 and np.isfinite(x).all() for layer in layers for x in layer):
+        raise ValueError("its arrays are not finite float32")
 
 
 @jax.jit

@@ -7,6 +7,7 @@ digits      a classifier fitted on the training split of the digits
 
 import dataclasses
 import io
+import sys
 from collections.abc import Callable
 
 import jax
@@ -104,7 +105,7 @@ def _converted(released: convert.Released):
         raise UserError(f"weights of {released.kind}: {e}") from None
 
 
-def _inception(weights: str | None, train, cache) -> FeatureNet:
+def _inception(weights: str | None) -> FeatureNet:
     from ddo_jax.models import inception
 
     released, digest = _weights("inception", weights)
@@ -120,7 +121,7 @@ def _inception(weights: str | None, train, cache) -> FeatureNet:
     return FeatureNet("FID-Inception, pool3", digest, "fid", 1.0, lambda images: apply(_rgb(images)))
 
 
-def _dinov2(weights: str | None, train, cache) -> FeatureNet:
+def _dinov2(weights: str | None) -> FeatureNet:
     from ddo_jax.models import dinov2
 
     released, digest = _weights("dinov2", weights)
@@ -130,21 +131,46 @@ def _dinov2(weights: str | None, train, cache) -> FeatureNet:
     return FeatureNet("DINOv2 ViT, class token", digest, "fd_dinov2", 1.0, lambda images: apply(_rgb(images)))
 
 
-def _digits(weights: str | None, train, cache: epath.Path) -> FeatureNet:
+def _fitted(train, path: epath.Path, expected: str | None):
+    """The layers of the digits classifier: those of its file, or, where this is damaged or another one, made again.
+
+    Raises:
+      UserError: made again, it is not the one that the run began with.
+    """
     from ddo_jax.evaluate import digits
 
-    path = epath.Path(cache) / "features-digits.npz"
-    content = files.kept(path)
-    if content is None:
-        real = train.read(np.arange(len(train)))
-        fitted = digits.train(real["image"], real["label"], train.num_classes)
-        layers = [dict(zip("wb", layer, strict=True)) for layer in fitted.layers]
-        buffer = io.BytesIO()
-        np.savez(buffer, **{f"{kind}{i}": x for i, layer in enumerate(layers) for kind, x in layer.items()})
-        content = buffer.getvalue()
-        files.keep(path, content, "the classifier of digits")
-    with np.load(io.BytesIO(content)) as arrays:
-        layers = tuple((arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(len(arrays) // 2))
+    content, problem, layers = files.kept(path), "", None
+    if content is not None:
+        try:
+            with np.load(io.BytesIO(content)) as arrays:
+                layers = tuple((arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(len(arrays) // 2))
+            digits.check(layers, train)
+        except Exception as e:  # NumPy's readers raise anything on a damaged file
+            problem, layers = f"damaged ({' '.join(str(e).split())[:80] or type(e).__name__})", None
+    if layers and expected not in (None, digits.Classifier(layers).digest):
+        problem, layers = "not the network that this run is judged by", None
+    if layers is not None:
+        return layers
+    if problem:
+        print(f"warning: {path}: {problem}: made again", file=sys.stderr)
+    real = train.read(np.arange(len(train)))
+    layers = digits.train(real["image"], real["label"], train.num_classes).layers
+    now = digits.Classifier(layers).digest
+    if expected not in (None, now):
+        raise UserError(
+            f"{path}: {problem or 'missing'}, and made again on this device it is another network ({expected} -> "
+            f"{now}): scores could not be compared; put back a copy of the file, or take another --workdir"
+        )
+    buffer = io.BytesIO()
+    np.savez(buffer, **{f"{kind}{i}": x for i, layer in enumerate(layers) for kind, x in zip("wb", layer, strict=True)})
+    files.keep(path, buffer.getvalue(), "the classifier of digits")
+    return layers
+
+
+def _digits(train, cache: epath.Path, expected: str | None) -> FeatureNet:
+    from ddo_jax.evaluate import digits
+
+    layers = _fitted(train, epath.Path(cache) / "features-digits.npz", expected)
 
     def apply(images):
         features, logits = digits.features_and_logits(layers, _grey(images))
@@ -153,7 +179,8 @@ def _digits(weights: str | None, train, cache: epath.Path) -> FeatureNet:
     return FeatureNet("digits classifier, 32 features", digits.Classifier(layers).digest, "fd_x100", 100.0, apply)
 
 
-NETWORKS = {"digits": _digits, "inception": _inception, "dinov2": _dinov2}
+RELEASED = {"inception": _inception, "dinov2": _dinov2}
+NETWORKS = ("digits", *RELEASED)
 DEFAULT_WEIGHTS = {"inception": "inception-2015-12-05", "dinov2": "dinov2-vitl14"}
 
 
@@ -173,19 +200,26 @@ def check(name: str, weights: str | None) -> None:
       UserError: names the file to fetch and where to put it.
     """
     if name not in NETWORKS:
-        raise UserError(f"config.eval.network: {name!r}; allowed: {', '.join(sorted(NETWORKS))}")
+        raise UserError(f"config.eval.network: {name!r}; allowed: {', '.join(NETWORKS)}")
     file_of(name, weights)
 
 
-def get_features(name: str, train=None, cache: epath.PathLike | None = None, weights: str | None = None) -> FeatureNet:
+def get_features(
+    name: str,
+    train=None,
+    cache: epath.PathLike | None = None,
+    weights: str | None = None,
+    expected: str | None = None,
+) -> FeatureNet:
     """The feature network `name`.
 
     Args:
       name: of NETWORKS. train, cache: source of the training split and folder for fitted weights ("digits").
-      weights: WHAT of the network's file; None: its known name.
+      weights: WHAT of the network's file; None: its known name. expected: digest of fitted weights, where a run has
+        begun with them.
 
     Raises:
       UserError: unknown name, or weights that are absent or do not fit.
     """
     check(name, weights)
-    return NETWORKS[name](weights, train, cache)
+    return _digits(train, cache, expected) if name == "digits" else RELEASED[name](weights)

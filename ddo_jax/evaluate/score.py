@@ -195,6 +195,13 @@ def nearest_distance(images: np.ndarray, train: np.ndarray, levels: int) -> floa
     return float(np.sqrt(np.maximum(squared.min(1), 0)).mean())
 
 
+SEEDS = {
+    "report": (0, 10**9),
+    "select": (10**9, 10**9),
+    "pool": (2 * 10**9, 2**32 - 2 * 10**9),
+}  # {purpose: (first, number)}
+
+
 def seeds_at(purpose: str, index: int, num: int, positions: np.ndarray) -> np.ndarray:
     """Seeds at positions of a generated set of `num` images. Reports use 0..num-1, num..2num-1, ... as the literature
     does; what selects (one range per round) and what trains (fakes) lives far from them.
@@ -202,8 +209,7 @@ def seeds_at(purpose: str, index: int, num: int, positions: np.ndarray) -> np.nd
     >>> seeds_at("pool", 1, 8, np.array([0, 7]))
     array([2000000008, 2000000015], dtype=uint32)
     """
-    base = {"report": 0, "select": 10**9, "pool": 2 * 10**9}[purpose]
-    return (base + index * num + positions).astype(np.uint32)
+    return (SEEDS[purpose][0] + index * num + positions).astype(np.uint32)
 
 
 def seed_range(purpose: str, index: int, num: int) -> np.ndarray:

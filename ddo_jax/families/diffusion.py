@@ -15,6 +15,9 @@ from ddo_jax.core import ddo, dpm_solver, edm, samplers
 from ddo_jax.errors import UserError
 from ddo_jax.families.base import DIFFUSION_SAMPLER, HALF, VAR_SAMPLER, Family, own_settings
 
+LEAST_STEPS = {"dpmv3": 2}  # one step is D at sigma_max: the mean image
+MOST_STEPS = 10_000
+
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion:
@@ -141,6 +144,9 @@ class Diffusion:
             for key, value in given.items():
                 if math.isnan(value):  # also of those that this solver does not use
                     raise ValueError(f"{key} is nan: it must be a number")
+            least, most = LEAST_STEPS.get(solver, 1), MOST_STEPS
+            if not least <= given.get("num_steps", least) <= most:
+                raise ValueError(f"num_steps is {given['num_steps']}: allowed are {least} to {most:,} with {solver}")
             if solver == "heun":
                 settings = samplers.HeunSettings(**given, grid=self.heun_grid)
                 samplers.heun_schedule(settings)  # refuses what cannot be sampled with

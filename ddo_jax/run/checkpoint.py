@@ -5,8 +5,12 @@ of every leaf in its metadata. A damaged or torn checkpoint is skipped with a wa
 good one.
 """
 
+import contextlib
+import dataclasses
 import errno
 import functools
+import json
+import math
 import os
 import sys
 import uuid
@@ -98,31 +102,86 @@ def try_out(workdir: epath.PathLike) -> None:
             directory.rmtree()
 
 
-def _options(read_only: bool) -> ocp.CheckpointManagerOptions:
-    latest, best = (
-        ocm.LatestN(2),
-        ocm.BestN(get_metric_fn=lambda m: m["score"], reverse=True, n=1, keep_checkpoints_without_metrics=False),
-    )
-    return ocp.CheckpointManagerOptions(
-        read_only=read_only,
-        best_fn=lambda m: m["score"],
-        best_mode="min",
-        preservation_policy=ocm.AnyPreservationPolicy([latest, best]),
-    )
+@dataclasses.dataclass
+class _Best:
+    """Orbax's policy for the best step. The scores are those of the verified records, {step: score}: Orbax's own
+    file of them has no checksum, and one that is damaged would stop a run before anything can be skipped."""
+
+    scores: dict[int, float]
+
+    def should_preserve(self, checkpoints, *, context):
+        steps = [c.step for c in checkpoints]
+        scored = {step: score for step, score in self.scores.items() if step in steps}
+        best = min(scored, key=lambda step: (scored[step], step), default=None)
+        return [step == best for step in steps]
+
+
+def _options(scores: dict[int, float] | None, alone: bool = False) -> ocp.CheckpointManagerOptions:
+    """scores: of the checkpoints that are there, to know the best one; None to read only. alone: see `Checkpoints`."""
+    if scores is None:
+        return ocp.CheckpointManagerOptions(read_only=True)
+    policy = ocm.AnyPreservationPolicy([ocm.LatestN(2), _Best(scores)])
+    return ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=alone)
+
+
+def read_meta(directory: epath.PathLike, step: int) -> dict:
+    """The record of a checkpoint, without its arrays.
+
+    Raises:
+      files.Damaged: absent, or not as it was written.
+    """
+    path = files.literal(directory) / str(step) / "meta" / "metadata"
+    meta = files.read_sealed(path)
+    if meta is None:
+        raise files.Damaged(f"{path}: missing")
+    return meta
+
+
+def _score(directory: epath.Path, step: int) -> float | None:
+    """The score that a checkpoint was saved with; None if it has none, or its record is damaged."""
+    try:
+        meta = read_meta(directory, step)
+        last = (meta.get("evals") or [{}])[-1]  # of versions before 2026-12 the last evaluation, if it is of this step
+        score = meta["score"] if "score" in meta else last[last["metric"]] if last.get("step") == step else None
+    except (files.Damaged, TypeError, KeyError, AttributeError):
+        return None
+    return float(score) if isinstance(score, int | float) and math.isfinite(score) else None
+
+
+def _drop_damaged_times(directory: epath.Path) -> None:
+    """Orbax stops at once where its file of a checkpoint's times is no JSON object; without the file it goes on."""
+    for path in (directory / str(step) / "_CHECKPOINT_METADATA" for step in _steps(directory)):
+        content = files.kept(path)
+        try:
+            damaged = content is not None and not isinstance(json.loads(content), dict)
+        except (ValueError, RecursionError):
+            damaged = True
+        if damaged:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _steps(directory: epath.Path) -> list[int]:
+    return sorted(int(p.name) for p in files.matching(directory, "*") if p.name.isdecimal() and p.name.isascii())
 
 
 class Checkpoints:
     """The checkpoints of one phase, in `directory`; a context manager.
 
-    A checkpoint is the training state plus a JSON `meta` (the phase's history so far, the digests).
+    A checkpoint is the training state plus a JSON `meta` (the phase's history so far, the digests, a checksum).
+
+    Args:
+      alone: no other job writes there (it is claimed): what a killed one left of an unfinished save is removed.
     """
 
-    def __init__(self, directory: epath.PathLike, *, read_only: bool = False):
+    def __init__(self, directory: epath.PathLike, *, alone: bool = False):
         self.directory = files.literal(directory)
         check_name(self.directory)
-        if not read_only:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=_options(read_only))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        found = {step: _score(self.directory, step) for step in _steps(self.directory)}
+        self._scores = {step: score for step, score in found.items() if score is not None}
+        _drop_damaged_times(self.directory)
+        self._manager = ocp.CheckpointManager(self.directory, options=_options(self._scores, alone))
         self._damaged: set[int] = set()
 
     def __enter__(self):
@@ -136,11 +195,14 @@ class Checkpoints:
         if step in self._damaged:
             self._manager.delete(step)
             self._damaged.remove(step)
+        self._scores.pop(step, None)
+        if score is not None and math.isfinite(score):
+            self._scores[step] = score
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            meta=ocp.args.JsonSave({**meta, "digests": digests(state)}),
+            meta=ocp.args.JsonSave(files.sealed({**meta, "score": score, "digests": digests(state)})),
         )
-        self._manager.save(step, args=args, metrics=None if score is None else {"score": score}, force=True)
+        self._manager.save(step, args=args, force=True)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -154,10 +216,11 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 _merge(self.directory / str(step) / "state")
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+                meta = read_meta(self.directory, step)
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
                 restored = self._manager.restore(step, args=args)
-                _verify(restored["state"], restored["meta"]["digests"])
-                return restored["state"], restored["meta"]
+                _verify(restored["state"], meta["digests"])
+                return restored["state"], meta
             except Exception as e:  # Orbax raises many kinds for damaged files: none of them may stop a run
                 print(
                     f"warning: checkpoint {self.directory}/{step} is damaged ({_reason(e)}): skipped", file=sys.stderr
@@ -224,7 +287,8 @@ def restore_ema(directory: epath.PathLike, step: int | None, abstract):
     check_name(directory)
     if not directory.exists():
         raise UserError(f"{directory}: no such checkpoint directory")
-    with ocp.CheckpointManager(directory, options=_options(read_only=True)) as manager:
+    _drop_damaged_times(directory)
+    with ocp.CheckpointManager(directory, options=_options(None)) as manager:
         step = manager.latest_step() if step is None else step
         if step is None or step not in manager.all_steps():
             have = ", ".join(map(str, manager.all_steps())) or "none"
@@ -233,12 +297,12 @@ def restore_ema(directory: epath.PathLike, step: int | None, abstract):
         partial = functools.partial(ocp.args.PyTreeRestore, partial_restore=True)
         args = ocp.args.Composite(
             state=partial(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)),
-            meta=ocp.args.JsonRestore(),
         )
         try:
             _merge(directory / str(step) / "state")
+            meta = read_meta(directory, step)
             restored = manager.restore(step, args=args)
-            _verify(restored["state"], restored["meta"]["digests"])
+            _verify(restored["state"], meta["digests"])
         except UserError:
             raise
         except Exception as e:

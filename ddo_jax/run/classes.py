@@ -56,12 +56,16 @@ def _named(data, label: int) -> str:
 
 
 def keep(workdir: epath.Path, data, console) -> None:
-    """Write the table of classes into a new workdir, and say it."""
+    """Write the table of classes into a workdir where it is not, or not as it should be, and say it."""
     path = workdir / TABLE
-    if data.num_classes and not path.exists() and jax.process_index() == 0:
-        table = labels.class_table(data.num_classes, data.class_names, data.class_counts)
-        console.line(labels.table_text(table))
-        files.write_json(path, table)
+    if not data.num_classes or jax.process_index() != 0:
+        return
+    table = labels.class_table(data.num_classes, data.class_names, data.class_counts)
+    text = json.dumps(table, indent=1, default=float) + "\n"
+    there = files.kept(path)
+    if there != text.encode():
+        console.line(labels.table_text(table) if there is None else f"{path}: not the classes of the data: made again")
+        files.write_bytes(path, text.encode())
 
 
 def metadata(data) -> dict[str, str]:

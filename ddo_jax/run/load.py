@@ -68,7 +68,10 @@ def _find_ours(path: epath.Path) -> Ours:
         candidates = [path / "best" / "checkpoints", path / "checkpoints"]
         path = next((p for p in candidates if p.exists()), candidates[0])
     for parent in path.absolute().parents:
-        config = files.read_json(parent / "config.json")
+        try:
+            config = files.read_sealed(parent / "config.json")
+        except files.Damaged as e:
+            raise UserError(f"{e}; put back a copy of it: it says what network the weights are of") from None
         if config is not None and path.exists():
             return Ours(ConfigDict(config), path, step, parent)
     raise UserError(f"{what}: no finished run (no {path} with a config.json above it); is it still training?")

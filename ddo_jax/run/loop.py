@@ -17,7 +17,7 @@ from ddo_jax.core import ddo
 from ddo_jax.data.pipeline import batches
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate.score import NotFinite
-from ddo_jax.run import asked, record, snapshots, state, step
+from ddo_jax.run import asked, record, search, snapshots, state, step
 from ddo_jax.run import config as configs
 from ddo_jax.run.checkpoint import Checkpoints
 from ddo_jax.run.images import png
@@ -136,7 +136,7 @@ def train(phase: Phase, tools: Tools) -> dict:
     def fresh():
         return sharding.place(mesh, state.new_state(phase.start, tx, c.ema_stds))
 
-    with Checkpoints(phase.directory / "checkpoints") as checkpoints:
+    with Checkpoints(phase.directory / "checkpoints", alone=True) as checkpoints:
         shapes = sharding.abstract(mesh, jax.eval_shape(fresh))
         restored, meta = checkpoints.restore_latest(shapes) or (None, {"evals": [], "step": 0})
         loop = _Loop(phase, tools, checkpoints, meta["evals"], meta["step"])
@@ -196,6 +196,7 @@ class _Loop:
             training_state, totals = advance(
                 training_state, totals, ref, tools.frozen, real, fake, key, phase.hyper, s_ref
             )
+            search.progress()
             evaluate = self.due(done, phase.eval_every)
             save = evaluate or self.due(done, phase.save_every) or done == phase.total
             snapshot = self.due(done, self.snapshot_every)

@@ -24,7 +24,7 @@ from ddo_jax.evaluate import features, image_sets, references, score
 from ddo_jax.evaluate.collect import DINOV2, MAIN
 from ddo_jax.families import get_family
 from ddo_jax.families.base import Family
-from ddo_jax.run import asked, checkpoint, classes, load, loop, record, rounds, state, step
+from ddo_jax.run import asked, checkpoint, classes, limits, load, loop, record, rounds, search, state, step
 from ddo_jax.run import config as configs
 
 # Keys that say where something lies: {key: its possible entries in inputs.json}. With equal content they may change.
@@ -43,10 +43,12 @@ def open_workdir(config, workdir: epath.PathLike, inputs: dict[str, str] | None 
     """
     workdir = epath.Path(workdir).expanduser()
     wanted = config.to_dict()
+    if (workdir / "request.json").exists():
+        raise UserError(f"workdir {workdir} is a folder of generated images (request.json); take another --workdir")
     try:
-        have = files.read_json(workdir / "config.json")
+        have = files.read_sealed(workdir / "config.json")
         if have is not None:
-            changed = _changes(have, wanted, files.read_json(workdir / "inputs.json") or {}, inputs or {})
+            changed = _changes(have, wanted, recorded_inputs(workdir), inputs or {})
             if changed:
                 raise UserError(
                     f"workdir {workdir} was made with another config ({'; '.join(changed)}); "
@@ -55,14 +57,32 @@ def open_workdir(config, workdir: epath.PathLike, inputs: dict[str, str] | None 
         if sharding.agree(have is None):
             _try_out(workdir)
         if jax.process_index() == 0:
-            files.write_json(workdir / "config.json", wanted)
+            files.write_sealed(workdir / "config.json", wanted)
+    except files.Damaged as e:
+        raise UserError(
+            f"{e}; put back a copy of it, or, if this command has the config that the workdir was made with, move the "
+            "file away: it is then written anew"
+        ) from None
     except OSError as e:
         raise UserError(
             f"workdir {workdir}: {e.strerror or e}; --workdir must name a directory that can be written"
         ) from None
-    except ValueError as e:
-        raise UserError(f"{workdir}/config.json: not JSON ({e}); take another --workdir") from None
     return workdir
+
+
+def recorded_inputs(workdir: epath.Path) -> dict[str, str]:
+    """What a workdir was made from: {what: fingerprint}; {} in a new one.
+
+    Raises:
+      UserError: the record is damaged.
+    """
+    try:
+        return files.read_sealed(workdir / "inputs.json") or {}
+    except files.Damaged as e:
+        raise UserError(
+            f"{e}; put back a copy of it, or, if data and weights are those that the workdir was made from, move the "
+            "file away: it is then written anew"
+        ) from None
 
 
 def _changes(old: dict, new: dict, recorded: dict[str, str], inputs: dict[str, str]) -> list[str]:
@@ -119,7 +139,7 @@ def versions() -> dict[str, str]:
 def make_evaluator(config, workdir, family, frozen, samplers, train):
     """evaluate(params, phase, step, purpose, index, how=0) -> (record of one scored set with its whole protocol,
     its first `config.eval.grid` images). samplers: [(settings, sampler)]; how: which of them."""
-    network = features.get_features(config.eval.network, train, workdir, config.eval.weights)
+    network = feature_network(config, workdir, train)
     if config.eval.network != "digits" and config.model.levels != 256:
 
         def full_range(images):  # these networks take 256 grey levels
@@ -157,6 +177,21 @@ def make_evaluator(config, workdir, family, frozen, samplers, train):
         return {"phase": phase, "step": at, "metric": network.named(num), **values, "protocol": made}, images
 
     return evaluate, network.named(numbers["select"])
+
+
+def feature_network(config, workdir, train) -> features.FeatureNet:
+    """The network that judges all candidates of the run, the same one at every start.
+
+    Raises:
+      UserError: its file is damaged, and what is made again differs.
+    """
+    name = config.eval.network
+    if name != "digits":  # the digest of its file is among the run's inputs
+        return features.get_features(name, train, workdir, config.eval.weights)
+    recorded = recorded_inputs(workdir).get("features", "").removeprefix(f"{name} ") or None
+    network = features.get_features(name, train, workdir, expected=recorded)
+    check_inputs(workdir, {"features": f"{name} {network.digest}"})
+    return network
 
 
 def ema_length(c) -> str:
@@ -225,8 +260,9 @@ def check_network(config):
     family = get_family(config)
     try:
         jax.eval_shape(family.init, jax.random.key(0))
-    except (TypeError, ValueError, ZeroDivisionError) as e:
-        raise UserError(f"config.model: {str(e).splitlines()[0]}") from None
+    except (TypeError, ValueError, ArithmeticError) as e:
+        raise UserError(f"config.model: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
+    limits.check_parameters(family)
     if config.objective not in family.objectives:
         allowed = f"{', '.join(family.objectives)}, of family {family.name}"
         raise UserError(f"config.objective: {config.objective!r}; allowed: {allowed}")
@@ -244,7 +280,7 @@ def check_inputs(workdir: epath.Path, inputs: dict[str, str]) -> None:
     Raises:
       UserError: shows what changed.
     """
-    have = files.read_json(workdir / "inputs.json") or {}
+    have = recorded_inputs(workdir)
     changed = [f"{k}: {have[k]} -> {v}" for k, v in inputs.items() if have.get(k, v) != v]
     if changed:
         raise UserError(
@@ -252,7 +288,7 @@ def check_inputs(workdir: epath.Path, inputs: dict[str, str]) -> None:
             "take another --workdir, or put them back"
         )
     if jax.process_index() == 0 and inputs.keys() - have.keys():
-        files.write_json(workdir / "inputs.json", have | inputs)
+        files.write_sealed(workdir / "inputs.json", have | inputs)
 
 
 def scoring_inputs(config) -> dict[str, str]:
@@ -280,6 +316,7 @@ def check(config) -> Checked:
     family.companions()
     data = sources.of_config(config, config.data.split)
     check_data(config, family, data)
+    limits.check(config, family, len(data))
     classes.look(config, family, data)
     latent = data.image_shape != family.image_shape
     if config.data.holdout:
@@ -326,20 +363,22 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> rounds.
     inputs |= {name: checkpoint.weights_digest(frozen[name]) for name in frozen if name not in own}
     inputs |= scoring_inputs(config)
     workdir = open_workdir(config, workdir, inputs)
+    if jax.process_index() == 0:
+        files.remove_leftovers(workdir, config.lease_s)
     check_inputs(workdir, inputs)
     classes.keep(workdir, data, console)
     load.save_frozen(workdir, own)
-    sampler = score.make_sampler(family, settings, mesh, config.eval.batch)
+    sampler = search.reporting(score.make_sampler(family, settings, mesh, config.eval.batch))
     fakes = sampler  # pixels are stored as they are looked at: one program for both
     if len(family.record_shapes) > 1:
         how, batch = family.fake_settings(settings), config.eval.batch
         batch = batch if config.ddo.pool else min(batch, config.ddo.batch)  # a step's fakes are not padded
-        fakes = score.make_sampler(family, how, mesh, batch, output="records")
+        fakes = search.reporting(score.make_sampler(family, how, mesh, batch, output="records"))
     train, tokens = tokenised(config, family, frozen, mesh, data)
     samplers = [(settings, sampler)]
     for given in config.eval.also:
         how = family.settings({**config.sampler, **given})
-        samplers.append((how, score.make_sampler(family, how, mesh, config.eval.batch)))
+        samplers.append((how, search.reporting(score.make_sampler(family, how, mesh, config.eval.batch))))
     evaluate, metric = make_evaluator(config, workdir, family, frozen, samplers, data)
     tools = loop.Tools(
         family=family,

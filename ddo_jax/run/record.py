@@ -17,7 +17,7 @@ class JsonLines:
 
     def __init__(self, path: epath.PathLike, resume_step: int = 0):
         self.path = epath.Path(path)
-        write_jsonl(self.path, [r for r in files.read_jsonl(self.path) if r["step"] <= resume_step])
+        write_jsonl(self.path, [r for r in files.read_jsonl(self.path) if _is_before(r, resume_step)])
         self._file = self.path.open("a")
 
     def write(self, record: dict) -> None:
@@ -26,6 +26,11 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _is_before(record: dict, step: int) -> bool:
+    at = record.get("step")
+    return isinstance(at, int) and at <= step
 
 
 class TensorBoard:
@@ -85,7 +90,10 @@ def duration(seconds: float) -> str:
 
 
 class Console:
-    """On a terminal one status line that is rewritten; in a log plain lines, not more than one in 5 s."""
+    """On a terminal one status line that is rewritten; in a log plain lines, not more than one in 5 s.
+
+    Nothing that is said stops a run: a stream that is closed, or whose disk is full, is dropped.
+    """
 
     def __init__(self, stream=None, quiet_s: float = 5.0):
         self._stream = sys.stderr if stream is None else stream
@@ -95,20 +103,24 @@ class Console:
     def status(self, text: str, *, done: bool = False) -> None:
         """Show progress; `done` ends the line (and is never left out)."""
         if self._tty:
-            self._stream.write("\r" + text.ljust(self._width) + ("\n" if done else ""))
+            self._write("\r" + text.ljust(self._width) + ("\n" if done else ""))
             self._width = 0 if done else len(text)
         elif done or time.monotonic() - self._last > self._quiet_s:
             self._last = time.monotonic()
-            self._stream.write(text + "\n")
-        self._stream.flush()
+            self._write(text + "\n")
 
     def line(self, text: str) -> None:
         """A line that stays."""
-        if self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._width = 0
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        self._write(("\r" + " " * self._width + "\r" if self._width else "") + text + "\n")
+        self._width = 0
+
+    def _write(self, text: str) -> None:
+        if self._stream is not None:
+            try:
+                self._stream.write(text)
+                self._stream.flush()
+            except (OSError, ValueError):  # ValueError: closed here
+                self._stream = None
 
 
 class Progress:

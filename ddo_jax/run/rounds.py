@@ -8,6 +8,7 @@ round n:  ref = best EMA parameters of round n-1
 
 import functools
 import itertools
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -97,7 +98,8 @@ def anchors(family, mesh, params):
 
 def divide(setup: Setup, tasks: list[search.Task]) -> list[dict]:
     """Do the tasks, together with other jobs on the same workdir."""
-    return search.divide(tasks, setup.config.lease_s, waiting=setup.tools.console.status)
+    c = setup.config
+    return search.divide(tasks, c.lease_s, waiting=setup.tools.console.status, stall_s=c.stall_s)
 
 
 def abstract_params(setup: Setup):
@@ -130,23 +132,50 @@ def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
     seeds = score.seed_range("pool", index, c.ddo.pool)
     labels, rule = classes.pool_labels(c, family, tools.data, len(seeds))
     size = c.eval.batch
-    chunks = -(-len(seeds) // size)
-    missing = [i for i in range(chunks) if not pools.is_whole(pools.chunk_path(directory, i))]
-    progress = record.Progress(f"rounds/{index + 1:03d}/pool", chunks - len(missing), chunks)
-    for done, i in enumerate(missing, chunks - len(missing) + 1):
-        rows = slice(i * size, (i + 1) * size)
-        (chunk,) = setup.fakes(ref, tools.frozen, seeds[rows], labels[rows])
+    rows = [slice(i, i + size) for i in range(0, len(seeds), size)]
+    recorded = pool_digests(directory, len(rows))
+    digests = [pools.kept_digest(pools.chunk_path(directory, i), recorded[i], seeds[r]) for i, r in enumerate(rows)]
+    missing = [i for i in range(len(rows)) if not sharding.agree(digests[i] is not None)]
+    progress = record.Progress(f"rounds/{index + 1:03d}/pool", len(rows) - len(missing), len(rows))
+    for done, i in enumerate(missing, len(rows) - len(missing) + 1):
+        (chunk,) = setup.fakes(ref, tools.frozen, seeds[rows[i]], labels[rows[i]])
+        digests[i] = pools.digest(chunk["image"], chunk["label"])
+        if recorded[i] not in (None, digests[i]):
+            raise UserError(
+                f"{pools.chunk_path(directory, i)}: lost or damaged, and made again on this device it is another one; "
+                f"put back a copy of it, or move {directory.parent} aside: the round is then played anew"
+            )
         if jax.process_index() == 0:
-            pools.write_chunk(directory, i, chunk["image"], chunk["label"])
-        tools.console.status(progress.text(done), done=done == chunks)
+            pools.write_chunk(directory, i, chunk["image"], chunk["label"], seeds[rows[i]])
+        tools.console.status(progress.text(done), done=done == len(rows))
     return {
-        "chunks": chunks,
+        "chunks": len(rows),
+        "digests": digests,
         "num_classes": family.num_classes,
         "num": len(seeds),
         "seeds": [int(seeds[0]), int(seeds[-1])],
         "labels": rule,
         "sampler": family.fake_settings(family.settings(c.sampler))._asdict(),
     }
+
+
+def pool_task(setup: Setup, directory: epath.Path, ref, index: int) -> search.Task:
+    """The pool of a round; chunks that were lost since it was finished are made again."""
+    target = directory / "pool"
+
+    def problem(result):
+        return "" if search.result_of(directory / "tidy") else pools.problem(target, result)
+
+    return search.Task(target, lambda: make_pool(setup, target, ref, index), problem)
+
+
+def pool_digests(directory: epath.Path, number: int) -> list[str | None]:
+    """Those of a pool that was finished and then lost chunks; else `number` times None."""
+    try:
+        found = (files.read_sealed(directory / pools.MARKER) or {}).get("digests")
+    except files.Damaged:
+        found = None
+    return found if isinstance(found, list) and len(found) == number else [None] * number
 
 
 def candidate_name(alpha: float, beta: float, objective: str = "ddo") -> str:
@@ -163,17 +192,26 @@ def play_round(setup: Setup, index: int, ref):
     """One round from the reference `ref`; (its best parameters, its summary)."""
     name = f"rounds/{index + 1:03d}"
     directory = setup.workdir / name
-    if not sharding.agree((directory / "best.json").exists()):
+    best = read_best(directory)
+    if not sharding.agree(best is not None):
         best = _compete(setup, name, index, ref)
         if jax.process_index() == 0:
-            files.write_json(directory / "best.json", best)
+            files.write_sealed(directory / "best.json", best)
         sharding.agree(True)  # the other hosts wait until it is there
-    best = files.read_json(directory / "best.json")
     if setup.config.keep == "best":
         divide(setup, [search.Task(directory / "tidy", lambda: tidy(directory, best))])
     if best["improved"]:
         ref = restore_ema(directory / best["candidate"] / "checkpoints", best["step"], abstract_params(setup))
     return ref, best
+
+
+def read_best(directory: epath.Path) -> dict | None:
+    """The summary of a finished round; None if there is none, or it is damaged: the results of its tasks are there."""
+    try:
+        return files.read_sealed(directory / "best.json")
+    except files.Damaged as e:
+        print(f"warning: {e}: made again from the candidates' results", file=sys.stderr)
+        return None
 
 
 def _compete(setup: Setup, name: str, index: int, ref) -> dict:
@@ -182,7 +220,7 @@ def _compete(setup: Setup, name: str, index: int, ref) -> dict:
     tasks = [search.Task(directory / "start", lambda: tools.evaluate(ref, name, 0, "select", index)[0])]
     pooled = c.objective == "ddo" and c.ddo.pool > 0
     if pooled:
-        tasks += [search.Task(directory / "pool", lambda: make_pool(setup, directory / "pool", ref, index))]
+        tasks += [pool_task(setup, directory, ref, index)]
     start, *_ = divide(setup, tasks)
 
     first, anchor = anchors(tools.family, tools.mesh, ref)

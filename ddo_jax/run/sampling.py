@@ -19,7 +19,7 @@ from ddo_jax.core.torch_rng import TorchCpuStream, edm_streams
 from ddo_jax.data.labels import balanced_labels, named_classes
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate import image_sets, score
-from ddo_jax.run import load
+from ddo_jax.run import limits, load
 from ddo_jax.run.checkpoint import weights_digest
 
 
@@ -233,6 +233,7 @@ def open_generator(request: Request, parts: Parts | None = None, sampler=None) -
       UserError: what cannot be loaded or sampled.
     """
     parts = parts or load_parts(request)
+    limits.check_batch("--batch", request.batch, parts.family.image_shape, "sampling")
     family, guide, streams = parts.family, parts.guide, None
     own = {"cfg": request.guidance} if family.own_guidance and request.guidance is not None else {}
     settings = load.settings_of(parts.found, family, request.sampler | own)
@@ -366,7 +367,7 @@ def same_request(request: Request, out: epath.Path) -> dict:
         wanted["guidance"] = 1.0  # none
     if request.guide is not None:
         wanted["guide_weights"] = load.fingerprint(load.find(request.guide))
-    have = files.read_json(out / "request.json")
+    have = _kept_request(out)
     old = (have or {}).pop("first_seed", None)  # of a folder that does not know the labels of its seeds
     if old is not None and old != int(request.seeds[0]) and not (out / LABELS).exists():
         raise UserError(f"--out: {out} was made with seeds from {old} on; take another folder for other seeds")
@@ -376,6 +377,18 @@ def same_request(request: Request, out: epath.Path) -> dict:
         changed = [f"{k}: {have.get(k)} -> {wanted.get(k)}" for k in {**have, **wanted} if have.get(k) != wanted.get(k)]
         raise UserError(f"--out: {out} was made with another request ({'; '.join(changed)}); take another folder")
     return wanted
+
+
+def _kept_request(out: epath.Path) -> dict | None:
+    """What a folder was made with; None of a new one.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return files.read_sealed(out / "request.json")
+    except files.Damaged as e:
+        raise UserError(f"--out: {e}; put back a copy, or take another folder") from None
 
 
 LABELS = "labels.json"  # of the images in a folder: {seed: label}
@@ -411,7 +424,7 @@ def to_folder(request: Request, out: epath.Path, subdirs: bool) -> int:
         planned=functools.partial(remember, out),
     )
     if jax.process_index() == 0:
-        files.write_json(out / "request.json", wanted)
+        files.write_sealed(out / "request.json", wanted)
     written = 0
     for seeds, _, images in tqdm(pieces, "batches", disable=None):
         if jax.process_index() == 0:
@@ -435,6 +448,21 @@ def to_npz(request: Request, out: epath.Path) -> int:
     return len(seeds)
 
 
+OF_A_RUN = ("config.json", "inputs.json", "result.json", "claim.json", "metrics.jsonl", "best.json")
+
+
+def check_no_run(out: epath.Path) -> None:
+    """Images do not go between the files of a run, or of one of its tasks.
+
+    Raises:
+      UserError: `out` is such a folder.
+    """
+    found = [name for name in OF_A_RUN if (out / name).exists()]
+    if found or out.name in ("checkpoints", "snapshots") and out.exists():
+        what = f"{found[0]} is in it" if found else "it holds checkpoints"
+        raise UserError(f"--out: {out} belongs to a run ({what}); take another folder, as in {out / 'generated'}")
+
+
 def run(request: Request, out: str, subdirs: bool) -> int:
     """Generate into `out` (.npz, or a folder).
 
@@ -448,6 +476,7 @@ def run(request: Request, out: str, subdirs: bool) -> int:
                 raise UserError(f"--out: {out} exists; take another name, or move it aside")
             target.parent.mkdir(parents=True, exist_ok=True)
             return to_npz(request, target)
+        check_no_run(target)
         target.mkdir(parents=True, exist_ok=True)
         return to_folder(request, target, subdirs)
     except OSError as e:

@@ -1,14 +1,16 @@
 """Several jobs on one workdir divide the tasks of a run through files, nothing else.
 
-A task is a directory; it is finished when its `result.json` exists, and taken while its `claim.json` is
-alive: made by create-if-absent, renewed by a heartbeat while the process lives, taken over when the process is
-gone from this host, or has shown no life for `lease_s` seconds.
+A task is a directory; it is finished when its `result.json` exists and is whole, and taken while its `claim.json` is
+alive: made by create-if-absent, renewed by a heartbeat while the task makes progress, taken over when the process is
+gone from this host, or when the claim was not renewed for `lease_s` seconds. No two clocks are compared: a claim's age
+is what this process has seen of it, or what the file system's own clock says.
 """
 
 import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -19,15 +21,29 @@ import jax
 from etils import epath
 
 from ddo_jax import files, sharding
+from ddo_jax.errors import UserError
 
 JOB = uuid.uuid4().hex  # of this process: process ids are used again, also across a restart of a container
+RESULT, CLAIM = "result.json", "claim.json"
 
 
 class Task(NamedTuple):
-    """A unit of work that one job does; what `run` returns becomes result.json, written last."""
+    """A unit of work that one job does; what `run` returns becomes result.json, written last.
+
+    Attributes:
+      problem: (result) -> what is no longer there of what a finished task made, in words, or "": then it is done again.
+    """
 
     directory: epath.Path
     run: Callable[[], dict]
+    problem: Callable[[dict], str] = lambda result: ""
+
+
+class Lost(Exception):
+    """Another job took this one's task over."""
+
+
+# -- claims -----------------------------------------------------------------------------------------------
 
 
 def _content() -> bytes:
@@ -35,45 +51,72 @@ def _content() -> bytes:
     return json.dumps(claim).encode()
 
 
-def _alive(pid: int) -> bool:
+def _owner(content: bytes) -> dict:
+    """What a claim says; {"job": None, ...} of one that cannot be read, which nobody renews."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        claim = json.loads(content)
+        job, host, pid = str(claim["job"]), str(claim["host"]), int(claim["pid"])
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return {"job": None, "host": None, "pid": None}
+    return {"job": job, "host": host, "pid": pid}
 
 
-def is_stale(claim: dict, lease_s: float) -> bool:
+class Watch:
+    """What this process has seen of claims: since when each has been as it is, by its own steady clock."""
+
+    def __init__(self):
+        self._seen: dict[str, tuple[bytes, float]] = {}
+
+    def unchanged_s(self, path: epath.Path, content: bytes) -> float:
+        """Seconds for which the claim has not changed before this process's eyes."""
+        name, now = os.fspath(path), time.monotonic()
+        before, since = self._seen.get(name, (None, now))
+        if content != before:
+            since = now
+        self._seen[name] = (content, since)
+        return now - since
+
+
+_WATCH = Watch()
+
+
+def _age(path: epath.Path) -> float:
+    """Seconds since a claim was written, by the file system's clock; 0 where it has none of its own."""
+    if "://" in os.fspath(path):
+        return 0.0
+    with contextlib.suppress(OSError):
+        return files.filesystem_time(path.parent) - os.stat(path).st_mtime
+    return 0.0
+
+
+def is_stale(path: epath.Path, content: bytes, lease_s: float) -> bool:
     """A claim of a process that is gone from this host, or of one anywhere that no longer renews it."""
-    if claim["job"] == JOB:
+    owner = _owner(content)
+    if owner["job"] == JOB:
         return False
-    gone = claim["pid"] == os.getpid() or not _alive(claim["pid"])
-    return (claim["host"] == socket.gethostname() and gone) or time.time() - claim["time"] > lease_s
+    if owner["host"] == socket.gethostname() and (owner["pid"] == os.getpid() or not files.is_running(owner["pid"])):
+        return True
+    return max(_WATCH.unchanged_s(path, content), _age(path)) > lease_s
 
 
 def take(directory: epath.Path, lease_s: float) -> bool:
     """Claim a task, from a dead job if need be; False if another job is at it."""
-    path = directory / "claim.json"
+    path = directory / CLAIM
     for _ in range(2):
         if files.create_exclusive(path, _content()):
             return True
-        try:
-            claim = files.read_json(path)
-        except ValueError:
-            claim = None
-        if claim is None:  # released or replaced this very moment
+        content = files.kept(path)
+        if content is None:  # released or replaced this very moment
             continue
-        if claim["job"] == JOB:
+        if _owner(content)["job"] == JOB:
             return True
-        if not is_stale(claim, lease_s):
+        if not is_stale(path, content, lease_s):
             return False
-        _remove(path, claim)
+        _remove(path, content)
     return False
 
 
-def _remove(path: epath.Path, stale: dict) -> None:
+def _remove(path: epath.Path, stale: bytes) -> None:
     """Take a dead claim away; several jobs may see it, and one of them may have put its own there since."""
     aside = path.with_name(f".claim.{JOB}")
     try:
@@ -81,55 +124,66 @@ def _remove(path: epath.Path, stale: dict) -> None:
     except OSError:
         return
     moved = aside.read_bytes()
-    if json.loads(moved)["job"] != stale["job"]:
+    if _owner(moved)["job"] != _owner(stale)["job"]:
         files.create_exclusive(path, moved)  # alive: give it back
     aside.unlink()
 
 
-def divide(tasks: list[Task], lease_s: float, poll_s: float = 5.0, waiting=lambda text: None) -> list[dict]:
-    """Finish all tasks together with the other jobs on this workdir.
-
-    Args:
-      tasks: the same list in every job. lease_s: see above. waiting: told when others hold what is left.
-
-    Returns:
-      The results, in the order of `tasks`.
-    """
-    lead = jax.process_index() == 0
-    while True:
-        open_tasks = [t for t in tasks if not sharding.agree((t.directory / "result.json").exists())]
-        if not open_tasks:
-            return [files.read_json(t.directory / "result.json") for t in tasks]
-        worked = False
-        for task in open_tasks:
-            if lead:
-                task.directory.mkdir(parents=True, exist_ok=True)
-            if not sharding.agree(lead and take(task.directory, lease_s)):
-                continue
-            if not sharding.agree((task.directory / "result.json").exists()):
-                _perform(task, lead, lease_s)
-            if lead and _mine(task.directory / "claim.json"):
-                (task.directory / "claim.json").unlink(missing_ok=True)
-            worked = True
-        if not worked:
-            waiting(f"waiting for {len(open_tasks)} tasks of other jobs: {open_tasks[0].directory.name} ...")
-            time.sleep(poll_s)
-
-
 def _mine(path: epath.Path) -> bool:
     """Whether the claim is still this job's: a job that was stopped for longer than the lease may have lost it."""
-    claim = files.read_json(path)
-    return claim is not None and claim["job"] == JOB
+    content = files.kept(path)
+    return content is not None and _owner(content)["job"] == JOB
+
+
+# -- progress ---------------------------------------------------------------------------------------------
+
+
+class _Progress:
+    """When the task of this process last went on, and whether it is another job's by now."""
+
+    at, lost = time.monotonic(), False
+
+
+def progress() -> None:
+    """Tell the heartbeat that the task goes on: after a step, a batch of samples.
+
+    Raises:
+      Lost: another job took the task over while this one did not go on; nothing more may be written.
+    """
+    _Progress.at = time.monotonic()
+    if _Progress.lost and jax.process_count() == 1:  # of several processes all would have to leave at once
+        raise Lost
+
+
+def reporting(sampler: Callable) -> Callable:
+    """A sampler (`evaluate.score.make_sampler`) whose every batch is progress."""
+
+    def run(*args, **kwargs):
+        for record in sampler(*args, **kwargs):
+            progress()
+            yield record
+
+    return run
 
 
 @contextlib.contextmanager
-def heartbeat(directory: epath.Path, lease_s: float):
-    """Renew the claim from a thread: an evaluation or a compilation may take longer than the lease."""
-    over = threading.Event()
+def heartbeat(directory: epath.Path, lease_s: float, stall_s: float = 3600.0):
+    """Renew the claim from a thread: an evaluation or a compilation may take longer than the lease.
+
+    Args:
+      stall_s: without `progress` for so long, the claim is left to lapse: the device or a file system hangs.
+    """
+    over, path = threading.Event(), directory / CLAIM
+    _Progress.at, _Progress.lost = time.monotonic(), False
 
     def beat():
-        while not over.wait(lease_s / 4) and _mine(directory / "claim.json"):
-            files.write_bytes(directory / "claim.json", _content())
+        while not over.wait(lease_s / 4):
+            if not _mine(path) and (files.kept(path) is not None or not path.exists()):  # else a passing fault
+                _Progress.lost = True
+                return
+            if time.monotonic() - _Progress.at <= stall_s:
+                with contextlib.suppress(OSError):  # tried again; on a full disk the task itself will say it
+                    files.write_bytes(path, _content())
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -140,8 +194,104 @@ def heartbeat(directory: epath.Path, lease_s: float):
         thread.join()
 
 
-def _perform(task: Task, lead: bool, lease_s: float) -> None:
-    with heartbeat(task.directory, lease_s) if lead else contextlib.nullcontext():
-        result = task.run()
-    if lead and _mine(task.directory / "claim.json"):  # else another job took over, and will write its own
-        files.write_json(task.directory / "result.json", result)
+# -- tasks ------------------------------------------------------------------------------------------------
+
+
+_SAID: set[str] = set()
+
+
+def _warn(text: str) -> None:
+    """Once in a process: jobs that wait look again and again."""
+    if jax.process_index() == 0 and text not in _SAID:
+        print(f"warning: {text}", file=sys.stderr)
+    _SAID.add(text)
+
+
+def result_of(directory: epath.Path) -> dict | None:
+    """The result of a finished task; None if there is none, or (which is said) none that can be trusted.
+
+    Raises:
+      UserError: there is something else where the task's folder should be.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: a file is where a folder of the run belongs; {AWAY}")
+    try:
+        return files.read_sealed(directory / RESULT)
+    except files.Damaged as e:
+        _warn(f"{e}: taken for unfinished")
+        return None
+
+
+def _finished(task: Task) -> dict | None:
+    """`result_of`, if what it stands for is still there."""
+    result = result_of(task.directory)
+    problem = "" if result is None else task.problem(result)
+    if problem:
+        _warn(f"{problem}: made again")
+    return None if problem else result
+
+
+def _make(directory: epath.Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(
+            f"{directory}: a file is where this folder of the run, or one above it, belongs; {AWAY}"
+        ) from None
+
+
+AWAY = "move it away: the same command continues"
+
+
+def divide(
+    tasks: list[Task], lease_s: float, poll_s: float = 5.0, waiting=lambda text: None, stall_s: float = 3600.0
+) -> list[dict]:
+    """Finish all tasks together with the other jobs on this workdir.
+
+    Args:
+      tasks: the same list in every job. lease_s, stall_s: see above. waiting: told when others hold what is left.
+
+    Returns:
+      The results, in the order of `tasks`.
+    """
+    lead = jax.process_index() == 0
+    results: dict[int, dict] = {}
+    made: set[epath.Path] = set()
+    while True:
+        for i, task in enumerate(tasks):  # process 0 looks first: its decision is everybody's
+            if i not in results and sharding.agree(lead and (found := _finished(task)) is not None):
+                results[i] = found if lead else result_of(task.directory)
+        if len(results) == len(tasks):
+            return [results[i] for i in range(len(tasks))]
+        worked = False
+        open_tasks = [task for i, task in enumerate(tasks) if i not in results]
+        for task in open_tasks:
+            if lead:
+                _make(task.directory)
+            if not sharding.agree(lead and take(task.directory, lease_s)):
+                continue
+            worked = True
+            if not sharding.agree(lead and _finished(task) is not None):
+                if task.directory in made:
+                    raise UserError(f"{task.directory}: made, but it is not as it was written; check the disk")
+                if _perform(task, lead, lease_s, stall_s, waiting):
+                    made.add(task.directory)
+            if lead and _mine(task.directory / CLAIM):
+                (task.directory / CLAIM).unlink(missing_ok=True)
+        if not worked:
+            waiting(f"waiting for {len(open_tasks)} tasks of other jobs: {open_tasks[0].directory.name} ...")
+            time.sleep(poll_s)
+
+
+def _perform(task: Task, lead: bool, lease_s: float, stall_s: float, waiting) -> bool:
+    """Whether this job did the task to its end."""
+    try:
+        with heartbeat(task.directory, lease_s, stall_s) if lead else contextlib.nullcontext():
+            result = task.run()
+    except Lost:
+        waiting(f"{task.directory.name}: this job did not go on for {stall_s:g} s and more, another has taken it over")
+        return False
+    if lead and _mine(task.directory / CLAIM):  # else another job took over, and will write its own
+        files.write_sealed(task.directory / RESULT, result)
+    sharding.agree(True)  # the other processes wait until it is there
+    return True

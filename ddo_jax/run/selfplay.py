@@ -1,5 +1,7 @@
 """The main job: start, rounds, control, report. `run` is what the command line calls."""
 
+import functools
+
 import jax
 import numpy as np
 from etils import epath
@@ -10,7 +12,7 @@ from ddo_jax.data import sources
 from ddo_jax.data.labels import present_classes
 from ddo_jax.evaluate import score
 from ddo_jax.run import classes, record, report, rounds, search
-from ddo_jax.run.checkpoint import Checkpoints, weights_digest
+from ddo_jax.run.checkpoint import Checkpoints, read_meta, weights_digest
 from ddo_jax.run.prepare import prepare
 from ddo_jax.run.rounds import Setup
 
@@ -113,8 +115,8 @@ def finished(workdir: epath.Path) -> dict[str, dict]:
     for number in files.matching(workdir / "rounds", "*"):
         directories += files.matching(number, "*")
     directories += [*files.matching(workdir / "control", "*"), *files.matching(workdir / "report" / "scores", "*")]
-    paths = [p for d in directories if (p := d / "result.json").exists()]
-    return {str(p.parent.relative_to(workdir)): files.read_json(p) for p in paths}
+    results = {str(d.relative_to(workdir)): search.result_of(d) for d in directories if d.is_dir()}
+    return {name: result for name, result in results.items() if result is not None}
 
 
 def publish_views(setup: Setup) -> None:
@@ -133,20 +135,43 @@ def publish_best(setup: Setup, params) -> None:
     directory = setup.workdir / "best"
 
     def run():
-        with Checkpoints(directory / "checkpoints") as checkpoints:
+        if jax.process_index() == 0 and _best_problem(directory, {}) and (directory / "checkpoints").exists():
+            (directory / "checkpoints").rmtree()
+        sharding.agree(True)
+        with Checkpoints(directory / "checkpoints", alone=True) as checkpoints:
             if checkpoints.latest_step() is None:
                 checkpoints.save(0, {"ema": params}, {"step": 0})
         host = jax.tree.map(sharding.to_host, (params, setup.tools.frozen))
+        written = []
         if jax.process_index() == 0:
             arrays, about = setup.tools.family.export(*host)
             about = about | classes.metadata(setup.tools.data)
             files.write_bytes(directory / "params.safetensors", safetensors.dumps(arrays, about))
-            files.write_json(directory / "config.json", setup.config.to_dict())
-            if (table := files.read_json(setup.workdir / classes.TABLE)) is not None:
-                files.write_json(directory / classes.TABLE, table)  # best/ alone can be taken elsewhere
-        return {"weights": weights_digest(params)}
+            files.write_sealed(directory / "config.json", setup.config.to_dict())
+            written = [directory / "params.safetensors"]
+            if (table := files.kept(setup.workdir / classes.TABLE)) is not None:
+                files.write_bytes(directory / classes.TABLE, table)  # best/ alone can be taken elsewhere
+                written.append(directory / classes.TABLE)
+        return {"weights": weights_digest(params), "files": {p.name: files.digest(p) for p in written}}
 
-    rounds.divide(setup, [search.Task(directory, run)])
+    rounds.divide(setup, [search.Task(directory, run, functools.partial(_best_problem, directory))])
+
+
+def _best_problem(directory: epath.Path, result: dict) -> str:
+    """What is not as it was written in best/, in words; "" if all is."""
+    try:
+        read_meta(directory / "checkpoints", 0)
+        if files.read_sealed(directory / "config.json") is None and result:
+            return f"{directory / 'config.json'}: missing"
+    except files.Damaged as e:
+        return str(e)
+    for name, digest in result.get("files", {"params.safetensors": None} if result else {}).items():
+        path = directory / name
+        if not path.exists():
+            return f"{path}: missing"
+        if digest not in (None, files.digest(path)):
+            return f"{path}: not as it was written"
+    return ""
 
 
 def training_curves(setup: Setup, played: list[dict]) -> list[dict]:
@@ -178,13 +203,8 @@ def make_report(setup: Setup, systems: dict, scores: dict, played: list[dict]) -
     num = min(setup.config.eval.grid, setup.config.eval.num)
     grids = {name: samples(setup, params, num) for name, params in systems.items()}
     directory = setup.workdir / "report"
-    ratios = [
-        {
-            "round": r["round"],
-            **files.read_json(setup.workdir / f"rounds/{r['round']:03d}" / "ratios" / "result.json"),
-        }
-        for r in played
-    ]
+    found = [(r["round"], search.result_of(setup.workdir / f"rounds/{r['round']:03d}" / "ratios")) for r in played]
+    ratios = [{"round": index, **result} for index, result in found if result is not None]
     if jax.process_index() != 0:
         return directory / "report.md"
     return report.write_report(

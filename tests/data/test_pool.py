@@ -81,7 +81,7 @@ def test_a_pool_is_in_memory_once(tmp_path):
 def test_chunk_unlike_the_others_is_named(latents_directory, images, labels):
     """Breaks if a chunk is broadcast or cast into the pool."""
     pool.write_chunk(latents_directory, 2, images, np.zeros(labels, np.int32))
-    with pytest.raises(UserError, match="chunk-00002.npz .*expected float32"):
+    with pytest.raises(UserError, match="chunk-00002.npz .*(expected float32|labels int32)"):
         pool.open_pool(latents_directory)
 
 
@@ -116,7 +116,8 @@ def test_damaged_chunk_is_named(kind, damage, request):
         path.unlink()
     else:
         path.write_bytes(data[: len(data) // 2 if damage == "torn" else 0])
-    assert not pool.is_whole(path) and pool.is_whole(pool.chunk_path(directory, 0))
+    assert pool.kept_digest(path, None, np.arange(3)) is None
+    assert pool.kept_digest(pool.chunk_path(directory, 0), None, np.arange(6)) is not None
     with pytest.raises(UserError, match="chunk-00001.npz"):
         pool.open_pool(directory)
 
@@ -125,4 +126,35 @@ def test_unfinished_pool_is_refused(directory):
     """Breaks if a pool without its marker is taken for a finished one."""
     (directory / pool.MARKER).unlink()
     with pytest.raises(UserError, match="no finished pool"):
+        pool.open_pool(directory)
+
+
+def test_exchanged_and_replaced_chunks_are_seen(tmp_path):
+    """Breaks if two chunks of one size change places, or one is another run's, without a word."""
+    rng, rows = np.random.default_rng(0), np.arange(8, dtype=np.uint32)
+    parts = [(rng.integers(0, 17, (8, 8, 8, 1), np.uint8), rng.integers(0, 10, 8, np.int32)) for _ in range(3)]
+    digests = [pool.write_chunk(tmp_path, i, *part, rows + 8 * i) for i, part in enumerate(parts[:2])]
+    files.write_sealed(tmp_path / pool.MARKER, {"chunks": 2, "num_classes": 10, "digests": digests})
+    marker = files.read_sealed(tmp_path / pool.MARKER)
+    assert pool.problem(tmp_path, marker) == "" and len(pool.open_pool(tmp_path)) == 16
+    first, second = (pool.chunk_path(tmp_path, i) for i in range(2))
+    a, b = first.read_bytes(), second.read_bytes()
+    first.write_bytes(b), second.write_bytes(a)
+    assert pool.kept_digest(first, None, rows) is None, "of an interrupted pool the seeds show it"
+    assert "chunk-00000.npz" in pool.problem(tmp_path, marker)
+    with pytest.raises(UserError, match="chunk-00000.npz .*does not match its digest"):
+        pool.open_pool(tmp_path)
+    pool.write_chunk(tmp_path, 0, *parts[0], rows)
+    pool.write_chunk(tmp_path, 1, *parts[2], rows + 8)
+    with pytest.raises(UserError, match="chunk-00001.npz .*does not match its digest"):
+        pool.open_pool(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "marker", ["", "{", "[]", "{}", '{"chunks": 1e99}', '{"chunks": -1}', '{"chunks": 2, "digests": 3}']
+)
+def test_a_damaged_record_of_a_pool_is_named(directory, marker):
+    """Breaks if it ends in a traceback, or in memory for 10^99 chunks."""
+    (directory / pool.MARKER).write_text(marker)
+    with pytest.raises(UserError, match="result.json"):
         pool.open_pool(directory)

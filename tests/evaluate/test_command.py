@@ -40,7 +40,7 @@ def tiny(monkeypatch, tmp_path):
     nets = {"inception": ("tiny net", "fid"), "dinov2": ("tiny dino", "fd_dinov2")}
     for name, (title, metric) in nets.items():
         net = FeatureNet(title, f"{zlib.crc32(title.encode()):08x}", metric, 1.0, apply)
-        monkeypatch.setitem(features.NETWORKS, name, lambda weights, train, cache, net=net: net)
+        monkeypatch.setitem(features.RELEASED, name, lambda weights, net=net: net)
         monkeypatch.delitem(features.DEFAULT_WEIGHTS, name)
 
 
@@ -333,7 +333,7 @@ def random_inception(path):
 
 @pytest.fixture
 def real_network(monkeypatch):
-    monkeypatch.setitem(features.NETWORKS, "inception", features._inception)
+    monkeypatch.setitem(features.RELEASED, "inception", features._inception)
 
 
 @pytest.mark.slow

@@ -56,5 +56,5 @@ def test_digest_sees_one_bit():
 
 def test_unknown_network_is_a_user_error(tmp_path):
     """Breaks if a misspelt network ends in a traceback."""
-    with pytest.raises(UserError, match="'digit'; allowed: digits, dinov2, inception"):
+    with pytest.raises(UserError, match="'digit'; allowed: digits, inception, dinov2"):
         features.get_features("digit", None, tmp_path)

@@ -1,5 +1,6 @@
 """Checkpoints: what is kept, what is restored, what a flipped bit does, what a folder may be called."""
 
+import json
 import os
 import shutil
 
@@ -68,6 +69,64 @@ def test_damage_falls_back_to_the_newest_good_one(tmp_path, capsys, damage):
         state, meta = c.restore_latest(abstract())
     assert meta["step"] == 1 and same(state, tree(1.0))
     assert "/2 is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["meta/metadata", "state/_METADATA", "state/manifest.ocdbt", "_CHECKPOINT_METADATA"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff" * 40])
+def test_no_damaged_file_of_a_checkpoint_stops_a_run(tmp_path, capsys, file, content):
+    """Breaks if the library raises before the older checkpoint is tried."""
+    with Checkpoints(tmp_path) as c:
+        for step in (1, 2):
+            c.save(step, tree(float(step)), {"step": step, "evals": []}, 5.0 - step)
+    (tmp_path / "2" / file).write_bytes(content)
+    with Checkpoints(tmp_path, alone=True) as c:
+        state, meta = c.restore_latest(abstract())
+        assert same(state, tree(float(meta["step"])))
+        if meta["step"] == 1:
+            c.save(2, tree(2.0), {"step": 2, "evals": []}, 3.0)
+    assert meta["step"] == 1 or file == "_CHECKPOINT_METADATA"  # which holds times only
+    assert same(restore_ema(tmp_path, 2, abstract()["ema"]), tree(2.0)["ema"])
+
+
+def test_a_changed_score_is_seen(tmp_path, capsys):
+    """Breaks if one digit of a score in a checkpoint's record makes another candidate win."""
+    with Checkpoints(tmp_path) as c:
+        for step in (1, 2):
+            c.save(step, tree(float(step)), {"step": step, "evals": [{"fd": 12.5}]})
+    path = tmp_path / "2" / "meta" / "metadata"
+    path.write_text(path.read_text().replace("12.5", "11.5"))
+    with Checkpoints(tmp_path) as c:
+        assert c.restore_latest(abstract())[1]["step"] == 1
+    assert "does not match its checksum" in capsys.readouterr().err
+    with pytest.raises(UserError, match="does not match its checksum"):
+        restore_ema(tmp_path, 2, abstract()["ema"])
+
+
+def test_the_best_is_known_after_a_restart(tmp_path):
+    """Breaks if a job that goes on deletes the best of the job before, also one of an older version."""
+    with Checkpoints(tmp_path) as c:
+        c.save(1, tree(1.0), {"step": 1, "evals": [{"step": 1, "metric": "fd", "fd": 2.0}]}, 2.0)
+    path = tmp_path / "1" / "meta" / "metadata"  # as an older version wrote it
+    old = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("checksum", "score")}
+    path.write_text(json.dumps(old))
+    for step in (2, 3, 4, 5):
+        with Checkpoints(tmp_path) as c:
+            c.save(step, tree(float(step)), {"step": step, "evals": []}, 10.0 + step)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["1", "4", "5"]
+
+
+def test_unfinished_saves_are_removed(tmp_path):
+    """Breaks if every kill in the middle of a save leaves a checkpoint's worth of bytes for ever."""
+    with Checkpoints(tmp_path) as c:
+        c.save(1, tree(1.0), {"step": 1})
+    left = tmp_path / "7.orbax-checkpoint-tmp"
+    left.mkdir()
+    (left / "data").write_bytes(b"x" * 1000)
+    with Checkpoints(tmp_path):  # perhaps another job's
+        assert left.exists()
+    with Checkpoints(tmp_path, alone=True) as c:
+        c.save(2, tree(2.0), {"step": 2})
+    assert not left.exists() and (tmp_path / "1").exists()
 
 
 def test_missing_step_is_named(tmp_path):

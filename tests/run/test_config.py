@@ -145,7 +145,7 @@ def put(config, key, value):
         ("dtype", "bfloat16", "'bfloat16'; allowed: 'float32': family edm does not use it"),
         ("ddo.reencode", False, "False; allowed: True: family edm does not use it"),
         ("ddo.dropped_row_loss", "mle", "'mle'; allowed: posonly, nll, posonly_w1"),
-        ("ddo.pool", -1, "-1; allowed: at least 1, or 0"),
+        ("ddo.pool", -1, "-1; allowed: at least ddo.batch = "),
         ("pretrain.ema_mimg", -1.0, "0 or more"),
         ("pretrain.length.steps", 0, "above 0"),
         ("pretrain.length.steps", None, "unset.*allowed: a duration"),

@@ -1,5 +1,6 @@
 """Several jobs on one workdir: every task once, dead jobs replaced, living ones left alone."""
 
+import errno
 import json
 import os
 import socket
@@ -8,8 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from etils import epath
 
+from ddo_jax import files
+from ddo_jax.errors import UserError
 from ddo_jax.run import search
 
 ROOT = Path(__file__).parents[2]
@@ -31,10 +35,12 @@ assert [r["task"] for r in results] == list(range(6)), results
 """
 
 
-def claim(directory: epath.Path, **fields):
+def claim(directory: epath.Path, age: float = 0.0, **fields):
+    """A claim, written `age` seconds ago by the file system's clock."""
     directory.mkdir(parents=True, exist_ok=True)
     content = {"job": "other", "host": "elsewhere", "pid": 1, "time": time.time(), **fields}
     (directory / "claim.json").write_text(json.dumps(content))
+    os.utime(directory / "claim.json", (time.time() - age,) * 2)
 
 
 def test_two_jobs_do_every_task_once(tmp_path):
@@ -72,26 +78,142 @@ def test_living_jobs_are_left_alone(tmp_path):
 
 def test_expired_lease_is_taken_over(tmp_path):
     """Breaks if the work of a lost host is never done."""
-    claim(epath.Path(tmp_path / "hung"), host=socket.gethostname(), pid=os.getppid(), time=time.time() - 61)
+    claim(epath.Path(tmp_path / "hung"), age=61, host=socket.gethostname(), pid=os.getppid())
     assert search.take(epath.Path(tmp_path / "hung"), lease_s=60.0)
-    claim(epath.Path(tmp_path), time=time.time() - 61)
+    claim(epath.Path(tmp_path), age=61)
     assert search.take(epath.Path(tmp_path), lease_s=60.0)
     assert json.loads((tmp_path / "claim.json").read_text())["job"] == search.JOB
+
+
+@pytest.mark.parametrize("ahead", [3600, -3600])
+def test_the_clocks_of_two_hosts_are_not_compared(tmp_path, ahead, monkeypatch):
+    """Breaks if a claim of a host whose clock is wrong is trusted for that long, or taken from a living job."""
+    monkeypatch.setattr(search, "_WATCH", search.Watch())
+    claim(epath.Path(tmp_path), time=time.time() + ahead)
+    assert not search.take(epath.Path(tmp_path), lease_s=60.0)
+    claim(epath.Path(tmp_path), age=-3600, time=time.time() + ahead)  # even the file system's own clock went back
+    assert not search.take(epath.Path(tmp_path), lease_s=0.2)
+    time.sleep(0.3)
+    assert search.take(epath.Path(tmp_path), lease_s=0.2)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"job": 1}', b"\xff\xfe", b"[" * 100_000, b'{"pid": 1e999}'])
+def test_a_claim_that_cannot_be_read_lapses(tmp_path, content, monkeypatch):
+    """Breaks if a write that was cut off is waited for for ever, ends in a traceback, or is taken at once."""
+    monkeypatch.setattr(search, "_WATCH", search.Watch())
+    path = tmp_path / "claim.json"
+    path.write_bytes(content)
+    assert not search.take(epath.Path(tmp_path), lease_s=60.0)
+    os.utime(path, (time.time() - 61,) * 2)
+    assert search.take(epath.Path(tmp_path), lease_s=60.0)
+    assert json.loads(path.read_text())["job"] == search.JOB
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_claim_is_whole_on_every_file_system(tmp_path, links, monkeypatch):
+    """Breaks if a file system without hard links shows a claim before its content, lets two in, or keeps a lock."""
+    path = epath.Path(tmp_path) / "claim.json"
+    if not links:
+
+        def refused(*_):
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refused)
+    assert files.create_exclusive(path, b"one") and not files.create_exclusive(path, b"two")
+    assert path.read_bytes() == b"one" and [p.name for p in tmp_path.iterdir()] == ["claim.json"]
+    path.unlink()
+    (tmp_path / ".claim.json.lock").mkdir()  # of a job that was killed just there
+    if not links:
+        assert not files.create_exclusive(path, b"three")
+        os.utime(tmp_path / ".claim.json.lock", (0, 0))
+        assert not files.create_exclusive(path, b"three")
+    assert files.create_exclusive(path, b"three")
+
+
+def test_a_task_that_does_not_go_on_lapses(tmp_path):
+    """Breaks if the heartbeat of a hung job keeps all others waiting for ever, or the late one writes a result."""
+    texts = []
+    task = epath.Path(tmp_path / "t")
+
+    def run():
+        other = {"job": "fast", "host": "elsewhere", "pid": 1}
+        deadline = time.monotonic() + 30
+        while time.time() - os.stat(task / "claim.json").st_mtime < 0.5:  # it lapses
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (task / "claim.json").write_text(json.dumps(other))
+        files.write_sealed(task / "result.json", {"by": "fast"})
+        while not search._Progress.lost:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        search.progress()
+        raise AssertionError("goes on")
+
+    assert search.divide([search.Task(task, run)], 0.4, 0.05, texts.append, stall_s=0.3) == [{"by": "fast"}]
+    assert "another has taken it over" in texts[0]
+    assert json.loads((task / "claim.json").read_text())["job"] == "fast"
+
+
+def test_progress_keeps_a_claim(tmp_path):
+    """Breaks if a task that goes on loses its claim to the limit for those that do not."""
+    task = epath.Path(tmp_path / "t")
+
+    def run():
+        for _ in range(20):
+            time.sleep(0.05)
+            search.progress()
+        return {"done": time.time() - os.stat(task / "claim.json").st_mtime}
+
+    (result,) = search.divide([search.Task(task, run)], 0.4, stall_s=0.3)
+    assert result["done"] < 0.4
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"value": 2, "checksum": "0"}', "[" * 100_000])
+def test_a_damaged_result_is_made_again(tmp_path, content, capsys):
+    """Breaks if a torn or changed result ends in a traceback, or is believed."""
+    task = search.Task(epath.Path(tmp_path / "t"), lambda: {"value": 1})
+    search.divide([task], 60.0)
+    good = (tmp_path / "t" / "result.json").read_text()
+    (tmp_path / "t" / "result.json").write_text(content)
+    assert search.divide([task], 60.0) == [{"value": 1}]
+    assert "t/result.json: " in capsys.readouterr().err and (tmp_path / "t" / "result.json").read_text() == good
+    (tmp_path / "t" / "result.json").write_text(good.replace('"value": 1', '"value": 7'))
+    assert search.divide([task], 60.0) == [{"value": 1}]
+
+
+def test_what_a_task_made_is_looked_at(tmp_path, capsys):
+    """Breaks if a finished task whose files are gone counts as done, or one that never comes right is done for ever."""
+    path = tmp_path / "made"
+
+    def run():
+        path.write_text("x")
+        return {"value": 1}
+
+    task = search.Task(epath.Path(tmp_path / "t"), run, lambda _: "" if path.exists() else f"{path} is missing")
+    search.divide([task], 60.0)
+    path.unlink()
+    search.divide([task], 60.0)
+    assert path.exists() and f"{path} is missing: made again" in capsys.readouterr().err
+    with pytest.raises(UserError, match="not as it was written"):
+        search.divide([search.Task(epath.Path(tmp_path / "u"), run, lambda _: "wrong")], 60.0)
+
+
+@pytest.mark.parametrize("where", ["t", "."])
+def test_a_file_in_place_of_a_folder(tmp_path, where):
+    """Breaks if it ends in a traceback."""
+    path = tmp_path / "task"
+    path.write_text("")
+    with pytest.raises(UserError, match="a file is where"):
+        search.divide([search.Task(epath.Path(path / where) if where == "t" else epath.Path(path), dict)], 60.0)
 
 
 def test_two_jobs_find_one_dead_claim(tmp_path):
     """Breaks if the slower of two jobs that saw a dead claim takes away the claim of the faster one."""
     claim(epath.Path(tmp_path), job="faster")
-    search._remove(epath.Path(tmp_path) / "claim.json", {"job": "dead"})
+    search._remove(epath.Path(tmp_path) / "claim.json", b'{"job": "dead", "host": "h", "pid": 1}')
     assert json.loads((tmp_path / "claim.json").read_text())["job"] == "faster"
-    search._remove(epath.Path(tmp_path) / "claim.json", {"job": "faster"})
+    search._remove(epath.Path(tmp_path) / "claim.json", b'{"job": "faster", "host": "h", "pid": 1}')
     assert list(tmp_path.iterdir()) == []
-
-
-def test_torn_claim_is_nobodys(tmp_path):
-    """Breaks if a claim that cannot be read ends in a traceback, or is taken for the job's own."""
-    (tmp_path / "claim.json").write_text("{")
-    assert not search.take(epath.Path(tmp_path), lease_s=60.0)
 
 
 def test_finished_tasks_are_not_done_again(tmp_path):
