@@ -7,7 +7,10 @@
 `config` holds the constructor arguments as the released file records them. Nothing here imports torch.
 """
 
+import contextlib
 import importlib
+import math
+from collections.abc import Iterator
 
 from ddo_jax.convert.read import Released, read
 
@@ -22,13 +25,35 @@ def _converter(kind: str):
     return importlib.import_module(KINDS[kind])  # on demand: each kind imports its own networks
 
 
+MOST = 10**6  # of channels, blocks, classes ... in a configuration; products of three still fit into 64 bits
+
+
+@contextlib.contextmanager
+def _foreign(kind: str, config: dict) -> Iterator[None]:
+    """A configuration comes from a file: a number that no network has is refused before anything of that size is made,
+    and whatever a network of other nonsense raises becomes the one exception that is promised."""
+    for key, value in config.items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            whole = isinstance(number, int) and not isinstance(number, bool)
+            if whole and not -1 <= number <= MOST or isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{kind}: {key} is {value}; allowed: finite numbers, whole ones up to {MOST:,}")
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as e:
+        reason = " ".join(str(e).split())[:200] or "no message"
+        raise ValueError(f"{kind}: no such network: {type(e).__name__}: {reason}") from None
+
+
 def layout(kind: str, config: dict) -> dict:
     """{released name: shape} in file order that `from_torch` expects; allocates nothing.
 
     Raises:
       ValueError: unknown kind or configuration.
     """
-    return _converter(kind).layout(config)[1]
+    with _foreign(kind, config):
+        return _converter(kind).layout(config)[1]
 
 
 def from_torch(kind: str, config: dict, state_dict: dict):
@@ -37,7 +62,8 @@ def from_torch(kind: str, config: dict, state_dict: dict):
     Raises:
       ValueError: unknown kind; or a parameter is missing, unknown or of another shape (named in the message).
     """
-    return _converter(kind).from_torch(config, state_dict)
+    with _foreign(kind, config):
+        return _converter(kind).from_torch(config, state_dict)
 
 
 def to_torch(kind: str, config: dict, variables: dict) -> dict:
@@ -46,4 +72,5 @@ def to_torch(kind: str, config: dict, variables: dict) -> dict:
     Raises:
       ValueError: as `from_torch`.
     """
-    return _converter(kind).to_torch(config, variables)
+    with _foreign(kind, config):
+        return _converter(kind).to_torch(config, variables)

@@ -2,12 +2,12 @@
 
 import os
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 from etils import epath
 
+from ddo_jax import npz
 from ddo_jax.data import labelling, tree
 from ddo_jax.errors import UserError
 
@@ -80,8 +80,9 @@ class ZipRecords(_Files):
         self._path = path
         try:
             self._zip = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as e:
-            raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}; it must be a whole zip of images") from None
+        except Exception as e:  # zipfile raises many kinds for damaged files
+            reason = getattr(e, "strerror", None) or npz.one_line(e)
+            raise UserError(f"{path}: {reason}; it must be a whole zip of images") from None
         members = [(name.replace("\\", "/"), name) for name in self._zip.namelist()]  # some tools of Windows
         self._members = dict(members)
         files = [name for name, _ in members if tree.is_data(name) and not name.endswith("/")]
@@ -92,9 +93,12 @@ class ZipRecords(_Files):
 
     def _bytes(self, name: str) -> bytes:
         try:
+            npz.check_ratio(self._zip.getinfo(self._members[name]))
             return self._zip.read(self._members[name])
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as e:
-            raise UserError(f"{self._path}: {name}: damaged or unreadable ({e}); restore the zip") from None
+        except Exception as e:  # zipfile and zlib raise many kinds for damaged files
+            raise UserError(
+                f"{self._path}: {name}: damaged or unreadable ({npz.one_line(e)}); restore the zip"
+            ) from None
 
     @property
     def fingerprint(self) -> str:

@@ -11,12 +11,12 @@ import itertools
 import numpy as np
 from etils import epath
 
-from ddo_jax import files
+from ddo_jax import files, npz
 from ddo_jax.data.sources import ArraySource
 from ddo_jax.errors import UserError
 
 MARKER = "result.json"
-DAMAGED = Exception  # INTERIM
+DAMAGED = (OSError, npz.Damaged, KeyError)
 
 
 def chunk_path(directory: epath.Path, index: int) -> epath.Path:
@@ -54,7 +54,7 @@ def read_chunk(
       UserError: missing, damaged or another one; names the file.
     """
     try:
-        arrays = dict(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
+        arrays = npz.read(path.read_bytes())
         images, labels = arrays["images"], arrays["labels"]
     except DAMAGED as e:
         raise _damaged(path, e) from None
@@ -75,7 +75,7 @@ def _labels(path: epath.Path) -> np.ndarray:
     """The labels of a chunk, without its images."""
     try:
         with path.open("rb") as f:
-            return np.load(f, allow_pickle=False)["labels"]
+            return npz.read(f, ["labels"])["labels"]
     except DAMAGED as e:
         raise _damaged(path, e) from None
 

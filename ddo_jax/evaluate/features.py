@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ddo_jax import convert, files, sharding
+from ddo_jax import convert, files, npz, sharding
 from ddo_jax.convert import names
 from ddo_jax.convert.inert import UnsafeOrDamaged
 from ddo_jax.errors import UserError
@@ -142,11 +142,11 @@ def _fitted(train, path: epath.Path, expected: str | None):
     content, problem, layers = files.kept(path), "", None
     if content is not None:
         try:
-            with np.load(io.BytesIO(content)) as arrays:
-                layers = tuple((arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(len(arrays) // 2))
+            arrays = npz.read(content)
+            layers = tuple((arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(len(arrays) // 2))
             digits.check(layers, train)
-        except Exception as e:  # NumPy's readers raise anything on a damaged file
-            problem, layers = f"damaged ({' '.join(str(e).split())[:80] or type(e).__name__})", None
+        except (ValueError, KeyError) as e:
+            problem, layers = f"damaged ({e})", None
     if layers and expected not in (None, digits.Classifier(layers).digest):
         problem, layers = "not the network that this run is judged by", None
     if layers is not None:

@@ -9,13 +9,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
-from ddo_jax import files
+from ddo_jax import files, npz
 from ddo_jax.data import archives, images, pool, sources, tree
+from ddo_jax.data.labelling import MOST_CLASSES
 from ddo_jax.errors import UserError
 
 
@@ -114,23 +114,7 @@ def first(images: ImageSet, num: int) -> ImageSet:
     return dataclasses.replace(images, num=min(num, images.num), records=read)
 
 
-class _Member(NamedTuple):
-    """Header of a .npy member of an .npz."""
-
-    shape: tuple[int, ...]
-    fortran: bool
-    dtype: np.dtype
-
-
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
-
-
-def _header(file) -> _Member:
-    version = np.lib.format.read_magic(file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in read:
-        raise ValueError(f".npy version {version}")
-    return _Member(*read[version](file))
 
 
 def _exactly(file, size: int) -> bytes:
@@ -146,10 +130,10 @@ def _exactly(file, size: int) -> bytes:
 
 def _npz_extra(path: Path, names: tuple[str, ...], n: int) -> np.ndarray | None:
     """The first of `names` that is an array of n integers."""
-    with np.load(path, allow_pickle=False) as arrays:
-        for name in names:
-            if name in arrays.files and arrays[name].shape == (n,) and arrays[name].dtype.kind in "iu":
-                return arrays[name]
+    headers = npz.headers(path)
+    for name in names:
+        if name in headers and headers[name].shape == (n,) and headers[name].dtype.kind in "iu":
+            return npz.read(path, [name])[name]
     return None
 
 
@@ -160,12 +144,12 @@ def of_npz(path: Path, num: int | None = None) -> ImageSet:
       UserError: damaged, or arr_0 is not uint8 [N, H, W, 1 or 3]; here or while it is read.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            if "arr_0.npy" not in archive.namelist():
-                raise UserError(f"{path}: no arr_0 among {', '.join(archive.namelist()[:9])}; it must hold the images")
+        there = npz.names(path)
+        if "arr_0" not in there:
+            raise UserError(f"{path}: no arr_0 among {', '.join(there[:9])}; it must hold the images")
+        with npz.reading(), npz.opened(path) as archive, archive.open("arr_0.npy") as file:
+            member = npz.header(archive, "arr_0", file)
             content = f"{archive.getinfo('arr_0.npy').CRC:08x}"
-            with archive.open("arr_0.npy") as file:
-                member = _header(file)
         fits = len(member.shape) == 4 and member.shape[0] and member.shape[3] in (1, 3)
         if member.dtype != np.uint8 or not fits or member.fortran:
             order = " in Fortran order" if member.fortran else ""
@@ -174,16 +158,18 @@ def of_npz(path: Path, num: int | None = None) -> ImageSet:
             )
         n = member.shape[0]
         labels, seeds = _npz_extra(path, ("labels", "arr_1"), n), _npz_extra(path, ("seeds",), n)
-    except DAMAGED as e:
+    except (npz.Damaged, OSError) as e:
         raise UserError(f"{path}: damaged or no .npz ({e}); restore the file") from None
+    if labels is not None and not 0 <= labels.min() <= labels.max() < MOST_CLASSES:
+        raise UserError(f"{path}: labels from {labels.min()} to {labels.max()}; allowed: 0 to {MOST_CLASSES - 1:,}")
     indices = chosen(n, num)
     wanted = np.zeros(n, bool)
     wanted[indices] = True
 
     def read(size: int) -> Iterator[dict]:
         try:
-            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-                _header(file)
+            with npz.opened(path) as archive, archive.open("arr_0.npy") as file:
+                npz.header(archive, "arr_0", file)
                 for i in range(0, n, size):
                     count = min(size, n - i)
                     data = _exactly(file, count * math.prod(member.shape[1:]))
@@ -238,18 +224,17 @@ def of_pool(directory: Path, num: int | None = None, levels: int = 256) -> Image
 
 def _npz_labels(path: epath.Path) -> np.ndarray:
     try:
-        with path.open("rb") as f, np.load(f, allow_pickle=False) as chunk:
-            return chunk["labels"]
-    except DAMAGED as e:
+        with path.open("rb") as f:
+            return npz.read(f, ["labels"])["labels"]
+    except (npz.Damaged, OSError) as e:
         raise UserError(f"pool file {path} is damaged ({e})") from None
 
 
 def is_npz(path: Path) -> bool:
     """Whether a file is an .npz, by its content: a zip of .npy members."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return bool(archive.namelist()) and all(n.endswith(".npy") for n in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+        return bool(npz.names(path))
+    except npz.Damaged:
         return False
 
 

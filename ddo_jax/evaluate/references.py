@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddo_jax import files
+from ddo_jax import files, npz
 from ddo_jax.convert import names, pickles
 from ddo_jax.convert.inert import UnsafeOrDamaged
 from ddo_jax.data import sources
@@ -100,16 +100,16 @@ def gaussian(mu, sigma, length: int, where: str, network: str) -> Gaussian:
 def _read_npz(path: Path) -> tuple[dict, int | None]:
     """({metric: (mu, sigma)}, num_images) of an .npz."""
     try:
-        with open(path, "rb") as f, np.load(f, allow_pickle=False) as arrays:
-            found = {
-                metric: tuple(arrays[key] for key in keys)
-                for metric, keys in NPZ_KEYS.items()
-                if all(key in arrays.files for key in keys)
-            }
-            num = int(arrays["num_images"]) if "num_images" in arrays.files else None
-    except (*image_sets.DAMAGED, TypeError) as e:
+        there = npz.names(path)
+        wanted = {metric: keys for metric, keys in NPZ_KEYS.items() if all(key in there for key in keys)}
+        arrays = npz.read(path, {key for keys in wanted.values() for key in keys} | {"num_images"} & set(there))
+    except (npz.Damaged, OSError) as e:
         raise UserError(f"{path}: damaged reference statistics ({e}); restore the file") from None
-    return found, num
+    num = arrays.get("num_images")
+    if num is not None and not (num.shape == () and num.dtype.kind in "iu" and 0 < num < 2**63):
+        raise UserError(f"{path}: num_images is {num.dtype} {num.shape}; it must be one whole number above 0")
+    found = {metric: tuple(arrays[key] for key in keys) for metric, keys in wanted.items()}
+    return found, None if num is None else int(num)
 
 
 def _read_pickle(path: Path) -> tuple[dict, int | None]:
@@ -137,8 +137,8 @@ def is_statistics(path: Path) -> bool:
     if not image_sets.is_npz(path):
         with open(path, "rb") as f:
             return f.read(4) != b"PK\x03\x04"
-    with np.load(path, allow_pickle=False) as arrays:
-        return "arr_0" not in arrays.files or "mu" in arrays.files
+    there = npz.names(path)
+    return "arr_0" not in there or "mu" in there
 
 
 def load_file(path: Path, lengths: dict[str, int], networks: dict[str, FeatureNet]) -> Reference:
@@ -172,8 +172,7 @@ def load_file(path: Path, lengths: dict[str, int], networks: dict[str, FeatureNe
 
 
 def _has_images(path: Path) -> bool:
-    with np.load(path, allow_pickle=False) as arrays:
-        return "arr_0" in arrays.files
+    return "arr_0" in npz.names(path)
 
 
 def needed(wanted) -> list[str]:

@@ -44,6 +44,8 @@ def build_network(model, remat: bool = False) -> networks.EDMPrecond:
             return networks.from_config(arguments, remat=remat)
         shared = {k: arguments.pop(k) for k in ("img_resolution", "img_channels", "label_dim", "sigma_data")}
         arguments.pop("model_type")
+        if arguments.get("width", 8) < 8:
+            raise ValueError(f"width is {arguments['width']}: it must be at least 8")
         return networks.EDMPrecond(net=ResidualMLP(num_classes=shared["label_dim"], **arguments), **shared)
     except (TypeError, ValueError) as e:
         raise UserError(f"config.model ({model['arch']}): {e}") from None

@@ -28,6 +28,7 @@ TOKENIZER = "var-vae"  # of the released networks
 # What config.model holds beside the arguments of the transformer; label_dim is its num_classes.
 OURS = ("arch", "img_resolution", "img_channels", "label_dim", "sigma_data", "levels", "vae", "cond_drop_rate")
 TOGETHER = 8  # images a device in the tokenizer: its activations at 256 x 256 are 42 MB each
+MOST_CFG = 1e4  # in float32 the logits, some hundreds, times it are still numbers
 
 
 class VARSettings(NamedTuple):
@@ -217,8 +218,8 @@ class VARFamily:
           UserError: what cannot be sampled with.
         """
         settings = VARSettings(**own_settings(sampler, VAR_SAMPLER, DIFFUSION_SAMPLER))
-        if not np.isfinite(settings.cfg) or settings.cfg < 0:
-            raise UserError(f"config.sampler.cfg: {settings.cfg}; allowed: 0 (no guidance) and more")
+        if not 0 <= settings.cfg <= MOST_CFG:
+            raise UserError(f"config.sampler.cfg: {settings.cfg}; allowed: 0 (no guidance) to {MOST_CFG:g}")
         if settings.top_k < 0 or not 0 <= settings.top_p <= 1:
             given = f"top_k {settings.top_k}, top_p {settings.top_p}"
             raise UserError(f"config.sampler: {given}; allowed: top_k from 0 on, top_p in [0, 1]")

@@ -357,15 +357,24 @@ def _check_p_std_from(pairs, p_mean: float) -> None:
         last = pair[0]
 
 
+LAYERS, MOST_LAYERS = ("blocks", "num_blocks", "depth"), 256
+MOST_SIDE = 128  # of a map of tokens: those of 256 attend to each other in 2^33 pairs
 MOST_ARGUMENT = 10**6  # of channels, classes, tokens: the products of three of them still fit into 64 bits
 
 
 def _check_model(model) -> None:
     """What every network has; its other arguments are checked by itself, but none is as large as these limits."""
     for key, value in leaves(model):
+        if key in LAYERS or isinstance(value, list):  # networks are traced layer by layer
+            size = len(value) if isinstance(value, list) else value
+            require(not _number(size) or size <= MOST_LAYERS, f"model.{key}", value, f"at most {MOST_LAYERS}")
         for number in value if isinstance(value, list) else [value]:
             ok = type(number) is not int or 0 <= number <= MOST_ARGUMENT
             require(ok, f"model.{key}", value, f"whole numbers from 0 to {MOST_ARGUMENT:,}")
+    for key, most in (("channel_mult", MOST_ARGUMENT), ("patch_nums", MOST_SIDE)):
+        given = model.get(key, (1,))
+        ok = len(given) > 0 and all(_number(n) and 0 < n <= most for n in given)
+        require(ok, f"model.{key}", given, f"one number a level, above 0, up to {most:,}")
     for key, least, most in (("img_resolution", 1, 2**14), ("img_channels", 1, 2**12)):
         require(least <= model[key] <= most, f"model.{key}", model[key], f"{least} to {most:,}")
     require(2 <= model.levels <= 256, "model.levels", model.levels, "2 to 256")
@@ -422,7 +431,9 @@ def validate(config, devices: int) -> None:
     for key in ("lease_s", "stall_s"):
         require(config[key] >= 10, key, config[key], "at least 10")
     _check_model(config.model)
-    require(config.ddo.rounds >= 0, "ddo.rounds", config.ddo.rounds, "0 or more")
+    require(
+        0 <= config.ddo.rounds < 1000, "ddo.rounds", config.ddo.rounds, "0 to 999: their directories have three digits"
+    )
     needed = ["ddo.length", "ddo.eval_every"] if config.ddo.rounds else []  # evaluations select the best
     needed += ["control.eval_every"] if config.ddo.rounds and config.control.enabled else []
     for key in needed:

@@ -47,9 +47,11 @@ def find(what: str) -> Ours | convert.Released:
     Raises:
       UserError: nothing there, or a file that is damaged or unsafe; says what was looked for.
     """
-    path = epath.Path(what).expanduser()
-    if path.is_dir():
-        return _find_ours(path)
+    scheme, remote, _ = what.partition("://")
+    if not remote or scheme in ("gs", "s3", "file"):  # of others epath knows nothing
+        path = epath.Path(what).expanduser()
+        if path.is_dir():
+            return _find_ours(path)
     local = names.resolve(what)
     try:
         released = convert.read(local)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ddo_jax import __version__, files, sharding
+from ddo_jax import __version__, files, npz, sharding
 from ddo_jax.convert import names
 from ddo_jax.core import frechet
 from ddo_jax.data import sources
@@ -257,11 +257,13 @@ def check_network(config):
       UserError: see `config.validate`; or arguments that give no network.
     """
     configs.validate(config, len(jax.devices()))
-    family = get_family(config)
     try:
+        family = get_family(config)
         jax.eval_shape(family.init, jax.random.key(0))
-    except (TypeError, ValueError, ArithmeticError) as e:
-        raise UserError(f"config.model: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
+    except UserError:
+        raise
+    except Exception as e:  # what Flax and JAX raise for arguments that give no network is of many kinds
+        raise UserError(f"config.model: no such network: {type(e).__name__}: {npz.one_line(e)}") from None
     limits.check_parameters(family)
     if config.objective not in family.objectives:
         allowed = f"{', '.join(family.objectives)}, of family {family.name}"

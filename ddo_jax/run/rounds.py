@@ -24,7 +24,7 @@ from ddo_jax.errors import UserError
 from ddo_jax.evaluate import score
 from ddo_jax.run import asked, classes, fakes, loop, record, search, state, step
 from ddo_jax.run import config as configs
-from ddo_jax.run.checkpoint import restore_ema
+from ddo_jax.run.checkpoint import read_meta, restore_ema
 
 
 class Setup(NamedTuple):
@@ -322,11 +322,24 @@ def best_candidate(setup: Setup, candidates: list[loop.Phase]) -> dict:
             setup.tools.console.line(f"{e}; the other candidates go on")
             return {"steps": p.total, "images": p.total * p.config.batch, "evals": e.evals, "failed": str(e)}
 
-    results = divide(setup, [search.Task(p.directory, lambda p=p: run(p)) for p in candidates])
+    tasks = [search.Task(p.directory, functools.partial(run, p), functools.partial(_lost, p)) for p in candidates]
+    results = divide(setup, tasks)
     if not any(r["evals"] for r in results):
         raise UserError(f"{candidates[0].name} and all other candidates diverged; lower lr or beta in a new workdir")
     evals = [{"candidate": p.directory.name, **e} for p, r in zip(candidates, results, strict=True) for e in r["evals"]]
     return loop.best_of(evals, setup.tools.metric)
+
+
+def _lost(phase: loop.Phase, result: dict) -> str:
+    """Which checkpoint of a finished candidate is gone or damaged, in words; "" if its best is there."""
+    best = result.get("best")
+    if best is None or search.result_of(phase.directory.parent / "tidy"):  # of a decided round losers were deleted
+        return ""
+    try:
+        read_meta(phase.directory / "checkpoints", best["step"])
+    except files.Damaged as e:
+        return str(e)
+    return ""
 
 
 def tidy(directory: epath.Path, best: dict) -> dict:

@@ -200,7 +200,7 @@ def heartbeat(directory: epath.Path, lease_s: float, stall_s: float = 3600.0):
 _SAID: set[str] = set()
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
     """Once in a process: jobs that wait look again and again."""
     if jax.process_index() == 0 and text not in _SAID:
         print(f"warning: {text}", file=sys.stderr)
@@ -218,7 +218,7 @@ def result_of(directory: epath.Path) -> dict | None:
     try:
         return files.read_sealed(directory / RESULT)
     except files.Damaged as e:
-        _warn(f"{e}: taken for unfinished")
+        warn(f"{e}: taken for unfinished")
         return None
 
 
@@ -227,7 +227,7 @@ def _finished(task: Task) -> dict | None:
     result = result_of(task.directory)
     problem = "" if result is None else task.problem(result)
     if problem:
-        _warn(f"{problem}: made again")
+        warn(f"{problem}: made again")
     return None if problem else result
 
 

@@ -115,8 +115,10 @@ def finished(workdir: epath.Path) -> dict[str, dict]:
     for number in files.matching(workdir / "rounds", "*"):
         directories += files.matching(number, "*")
     directories += [*files.matching(workdir / "control", "*"), *files.matching(workdir / "report" / "scores", "*")]
-    results = {str(d.relative_to(workdir)): search.result_of(d) for d in directories if d.is_dir()}
-    return {name: result for name, result in results.items() if result is not None}
+    found = {d: search.result_of(d) for d in directories if d.is_dir()}
+    for lost in (d for d, result in found.items() if result is None and (d.parent / "best.json").exists()):
+        search.warn(f"{lost}: its result is lost, though the round is decided: left out of evals.jsonl and curves")
+    return {str(d.relative_to(workdir)): result for d, result in found.items() if result is not None}
 
 
 def publish_views(setup: Setup) -> None:
