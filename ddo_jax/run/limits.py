@@ -39,7 +39,7 @@ def device_bytes() -> int:
 def size(number: float) -> str:
     """
     >>> size(512), size(3.2e9), size(4e21)
-    ('512 B', '3.0 GiB', '3.5e+03 EiB')
+    ('512 B', '3.0 GiB', '3.47e+03 EiB')
     """
     for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
         if number < 1024:

@@ -460,7 +460,7 @@ def check_no_run(out: epath.Path) -> None:
     found = [name for name in OF_A_RUN if (out / name).exists()]
     if found or out.name in ("checkpoints", "snapshots") and out.exists():
         what = f"{found[0]} is in it" if found else "it holds checkpoints"
-        raise UserError(f"--out: {out} belongs to a run ({what}); take another folder, as in {out / 'generated'}")
+        raise UserError(f"--out: {out} belongs to a run ({what}); take another folder")
 
 
 def run(request: Request, out: str, subdirs: bool) -> int:

@@ -142,8 +142,8 @@ def test_bad_images_are_named(tmp_path, kind, content, words):
         ({"arr_0": np.concatenate([IMAGES, IMAGES[..., :1]], -1)}, r"\(40, 4, 4, 4\)"),
         ({"arr_0": np.asfortranarray(IMAGES)}, "Fortran"),
         ({"arr_0": IMAGES[:0]}, r"\(0, 4, 4, 3\)"),
-        ({"x": IMAGES}, "no arr_0 among x.npy"),
-        ({"arr_0": np.array([None])}, "arr_0 is object"),
+        ({"x": IMAGES}, "no arr_0 among x;"),
+        ({"arr_0": np.array([None])}, "arr_0 holds Python objects"),
     ],
 )
 def test_bad_npz(tmp_path, arrays, words):
