@@ -192,6 +192,7 @@ def heartbeat(directory: epath.Path, lease_s: float, stall_s: float = 3600.0):
     finally:
         over.set()
         thread.join()
+        _Progress.lost = False  # what comes after is no part of the lost task
 
 
 # -- tasks ------------------------------------------------------------------------------------------------
@@ -289,7 +290,7 @@ def _perform(task: Task, lead: bool, lease_s: float, stall_s: float, waiting) ->
         with heartbeat(task.directory, lease_s, stall_s) if lead else contextlib.nullcontext():
             result = task.run()
     except Lost:
-        waiting(f"{task.directory.name}: this job did not go on for {stall_s:g} s and more, another has taken it over")
+        waiting(f"{task.directory.name}: this job showed no life for {lease_s:g} s, another has taken it over")
         return False
     if lead and _mine(task.directory / CLAIM):  # else another job took over, and will write its own
         files.write_sealed(task.directory / RESULT, result)

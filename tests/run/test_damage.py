@@ -160,3 +160,19 @@ def test_what_killed_writers_left_is_removed(finished, workdir):
     left.write_bytes(b"x")
     selfplay.run(finished[0], workdir)
     assert not left.exists() and not list(workdir.rglob("*.tmp"))
+
+
+def test_a_workdir_of_an_older_version(finished, workdir, capsys):
+    """Breaks if records without checksums, pools without digests or checkpoints without a score do not continue."""
+    back(workdir)
+    records = [*workdir.rglob("*.json"), *workdir.rglob("checkpoints/*/meta/metadata")]
+    for path in records:
+        value = json.loads(path.read_text())
+        if isinstance(value, dict):
+            new = ("checksum", "score", "seeds", "features", *(["digests"] if path.parent.name == "pool" else []))
+            path.write_text(json.dumps({k: v for k, v in value.items() if k not in new}, indent=1))
+    for path in workdir.rglob("chunk-*.npz"):
+        with np.load(path) as arrays:
+            np.savez(path, images=arrays["images"], labels=arrays["labels"])
+    selfplay.run(finished[0], workdir)
+    assert result(workdir) == result(finished[1]) and "warning" not in capsys.readouterr().err

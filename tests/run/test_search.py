@@ -151,6 +151,7 @@ def test_a_task_that_does_not_go_on_lapses(tmp_path):
 
     assert search.divide([search.Task(task, run)], 0.4, 0.05, texts.append, stall_s=0.3) == [{"by": "fast"}]
     assert "another has taken it over" in texts[0]
+    search.progress()  # what comes after goes on
     assert json.loads((task / "claim.json").read_text())["job"] == "fast"
 
 
