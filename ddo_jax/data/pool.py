@@ -58,7 +58,7 @@ def read_chunk(
         images, labels = arrays["images"], arrays["labels"]
     except DAMAGED as e:
         raise _damaged(path, e) from None
-    if images.ndim != 4 or labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+    if images.ndim < 2 or labels.shape != (len(images),) or labels.dtype.kind not in "iu":
         raise _damaged(path, f"images {images.shape}, labels {labels.dtype} {labels.shape}")
     other = seeds is not None and not np.array_equal(arrays.get("seeds", seeds), seeds)
     if other or expected not in (None, digest(images, labels)):
