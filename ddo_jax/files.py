@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
-from ddo_jax.errors import UserError
+from ddo_jax.errors import UserError, one_line
 
 
 def matching(directory: epath.PathLike, pattern: str) -> list[epath.Path]:
@@ -215,7 +215,7 @@ def read_sealed(path: epath.PathLike) -> dict | None:
     except OSError as e:
         raise Damaged(f"{path}: cannot be read ({e.strerror or e})") from None
     except (ValueError, RecursionError) as e:
-        reason = "nested too deeply" if isinstance(e, RecursionError) else " ".join(str(e).split())
+        reason = "nested too deeply" if isinstance(e, RecursionError) else one_line(e)
         raise Damaged(f"{path}: {'empty' if is_empty(path) else f'not JSON ({reason})'}") from None
 
 
@@ -233,24 +233,23 @@ def create_exclusive(path: epath.PathLike, data: bytes) -> bool:
         return True
     temporary = _temporary(path)
     try:
-        _write_through(temporary, data)
-        os.link(temporary, path)  # fails if `path` exists, and never shows a half-written file
-        return True
-    except FileExistsError:
-        return False
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return _create_under_lock(path, temporary)
+        with open(temporary, "xb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        return _link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _write_through(path: epath.Path, data: bytes) -> None:
-    with open(path, "xb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
+def _link(temporary: epath.Path, path: epath.Path) -> bool:
+    try:
+        os.link(temporary, path)  # fails if `path` exists, and never shows a half-written file
+        return True
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links, or what the next call says again
+        return _create_under_lock(path, temporary)
 
 
 def _create_under_lock(path: epath.Path, temporary: epath.Path) -> bool:

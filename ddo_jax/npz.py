@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ddo_jax.errors import one_line
+
 MOST_DEFLATED = 1100  # bytes that one byte of a deflated member can become: the format's limit is 1,032
 
 
@@ -36,14 +38,6 @@ def reading() -> Iterator[None]:
         raise
     except Exception as e:
         raise Damaged(one_line(e)) from None
-
-
-def one_line(error: Exception) -> str:
-    r"""
-    >>> one_line(ValueError("two\nlines")), one_line(MemoryError())
-    ('two lines', 'MemoryError')
-    """
-    return (" ".join(str(error).split()) or type(error).__name__)[:160]
 
 
 def check_ratio(info: zipfile.ZipInfo) -> None:

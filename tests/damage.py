@@ -21,14 +21,15 @@ if __name__ == "__main__":
 
 from absl import logging  # noqa: E402
 
+from ddo_jax.data import tree  # noqa: E402
 from ddo_jax.errors import UserError  # noqa: E402
-from ddo_jax.run import search, selfplay  # noqa: E402
+from ddo_jax.run import selfplay  # noqa: E402
 from tests.run import test_damage as damages  # noqa: E402
 from tests.run.conftest import micro_config  # noqa: E402
 
 
 def outcome(config, workdir: Path, wanted) -> str:
-    search._SAID.clear()
+    tree.warn.cache_clear()
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             selfplay.run(config, workdir)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 
 from ddo_jax.convert.read import Released, read
+from ddo_jax.errors import one_line
 
 __all__ = ["KINDS", "Released", "from_torch", "layout", "read", "to_torch"]
 
@@ -42,8 +43,7 @@ def _foreign(kind: str, config: dict) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as e:
-        reason = " ".join(str(e).split())[:200] or "no message"
-        raise ValueError(f"{kind}: no such network: {type(e).__name__}: {reason}") from None
+        raise ValueError(f"{kind}: no such network: {type(e).__name__}: {one_line(e)}") from None
 
 
 def layout(kind: str, config: dict) -> dict:

@@ -10,7 +10,7 @@ from etils import epath
 
 from ddo_jax import npz
 from ddo_jax.data import labelling, tree
-from ddo_jax.errors import UserError
+from ddo_jax.errors import UserError, one_line
 
 WHOLE_READ = 2**30  # sets of files up to this size are fingerprinted by their content
 
@@ -82,7 +82,7 @@ class ZipRecords(_Files):
         try:
             self._zip = zipfile.ZipFile(path)
         except Exception as e:  # zipfile raises many kinds for damaged files
-            reason = getattr(e, "strerror", None) or npz.one_line(e)
+            reason = getattr(e, "strerror", None) or one_line(e)
             raise UserError(f"{path}: {reason}; it must be a whole zip of images") from None
         members = [(name.replace("\\", "/"), name) for name in self._zip.namelist()]  # some tools of Windows
         self._members = dict(members)
@@ -97,9 +97,7 @@ class ZipRecords(_Files):
             npz.check_ratio(self._zip.getinfo(self._members[name]))
             return self._zip.read(self._members[name])
         except Exception as e:  # zipfile and zlib raise many kinds for damaged files
-            raise UserError(
-                f"{self._path}: {name}: damaged or unreadable ({npz.one_line(e)}); restore the zip"
-            ) from None
+            raise UserError(f"{self._path}: {name}: damaged or unreadable ({one_line(e)}); restore the zip") from None
 
     @property
     def fingerprint(self) -> str:

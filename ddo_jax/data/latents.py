@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from ddo_jax.errors import UserError
+from ddo_jax.errors import UserError, one_line
 
 EXTENSION = ".npy"
 ALLOWED = "float32 or float16 (2 C, H, W), C channels of mean, then C of standard deviation"
@@ -25,8 +25,7 @@ def _header(data: bytes, where: str) -> tuple[tuple[int, ...], bool, np.dtype, i
             raise ValueError(f".npy version {version}")
         return *_HEADERS[version](file), file.tell()
     except Exception as e:  # numpy evaluates the header as a literal: a damaged one raises whatever the parser raises
-        reason = " ".join(str(e).split())[:100]
-        raise UserError(f"{where}: damaged latents ({reason}; {len(data)} bytes); restore the file") from None
+        raise UserError(f"{where}: damaged latents ({one_line(e, 100)}; {len(data)} bytes); restore the file") from None
 
 
 def check(moments: np.ndarray, where: str) -> None:

@@ -6,7 +6,6 @@ import os
 import sys
 import uuid
 import zipfile
-import zlib
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -114,9 +113,6 @@ def first(images: ImageSet, num: int) -> ImageSet:
     return dataclasses.replace(images, num=min(num, images.num), records=read)
 
 
-DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
-
-
 def _exactly(file, size: int) -> bytes:
     parts = []
     while size > 0:
@@ -168,7 +164,7 @@ def of_npz(path: Path, num: int | None = None) -> ImageSet:
 
     def read(size: int) -> Iterator[dict]:
         try:
-            with npz.opened(path) as archive, archive.open("arr_0.npy") as file:
+            with npz.reading(), npz.opened(path) as archive, archive.open("arr_0.npy") as file:
                 npz.header(archive, "arr_0", file)
                 for i in range(0, n, size):
                     count = min(size, n - i)
@@ -178,7 +174,7 @@ def of_npz(path: Path, num: int | None = None) -> ImageSet:
                         pixels = np.frombuffer(data, np.uint8).reshape(count, *member.shape[1:])
                         record = {"image": pixels[rows], "id": [_id(seeds, i + j) for j in rows]}
                         yield record | ({} if labels is None else {"label": labels[i + rows].astype(np.int32)})
-        except DAMAGED as e:
+        except npz.Damaged as e:
             raise UserError(f"{path}: arr_0 is damaged ({e}); restore the file") from None
 
     classes = 0 if labels is None else int(labels.max()) + 1

@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from ddo_jax.errors import UserError
+from ddo_jax.errors import UserError, one_line
 
 OURS = Path(__file__).parent.parent.parent / "configs"
 
@@ -50,8 +50,7 @@ class Parser(flags.ArgumentParser):
                 module = _execute("ddo_jax_config_file", path)
                 config = module.get_config(*([] if variant is None else [variant]))
         except (Exception, SystemExit) as e:  # somebody's program: it may raise anything, or exit
-            reason = " ".join(str(e).split()) or "no message"
-            raise UserError(f"--config: {argument}: {type(e).__name__}: {reason}") from None
+            raise UserError(f"--config: {argument}: {type(e).__name__}: {one_line(e, 400)}") from None
         if not isinstance(config, ConfigDict):
             raise UserError(
                 f"--config: {argument}: get_config() gives {type(config).__name__}; it must return the ConfigDict that "

@@ -1,6 +1,7 @@
 """What is asked for against what a machine or a format can hold, before anything of that size is made.
 
-These are lower bounds: what is refused cannot work, what passes may still be too much (`--dry_run` estimates a step).
+These are lower bounds: what is refused cannot work, what passes may still be too much (`--dry_run` estimates a
+step, and refuses nothing: it plans for other machines).
 """
 
 import math
@@ -71,7 +72,7 @@ def check_batch(key: str, batch: int, shape: tuple[int, ...], use: str) -> None:
     require(key, batch, 4 * COPIES[use] * batch * math.prod(shape), device_bytes(), use)
 
 
-def check_parameters(family, training: bool = True) -> None:
+def check_parameters(family) -> None:
     """Refuse a network whose parameters alone, with optimizer and average, fill the devices. Allocates nothing.
 
     Raises:
@@ -79,8 +80,7 @@ def check_parameters(family, training: bool = True) -> None:
     """
     params, _ = jax.eval_shape(family.init, jax.random.key(0))
     number = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    copies = 4 if training else 1
-    require("config.model", f"{number:.3g} parameters", 4 * copies * number, device_bytes(), "training")
+    require("config.model", f"{number:.3g} parameters", 4 * 4 * number, device_bytes(), "training")
 
 
 def check(config, family, examples: int) -> None:
@@ -92,6 +92,7 @@ def check(config, family, examples: int) -> None:
     Raises:
       UserError: one line with the size and the limit.
     """
+    check_parameters(family)
     shape = family.record_shapes[-1]
     for phase in ("pretrain", "ddo", "control"):
         rows = config[phase].batch // config[phase].accumulation

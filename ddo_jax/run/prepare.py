@@ -14,12 +14,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from ddo_jax import __version__, files, npz, sharding
+from ddo_jax import __version__, files, sharding
 from ddo_jax.convert import names
 from ddo_jax.core import frechet
 from ddo_jax.data import sources
 from ddo_jax.data.labels import balanced_rule, present_classes
-from ddo_jax.errors import UserError
+from ddo_jax.errors import UserError, one_line
 from ddo_jax.evaluate import features, image_sets, references, score
 from ddo_jax.evaluate.collect import DINOV2, MAIN
 from ddo_jax.families import get_family
@@ -263,8 +263,7 @@ def check_network(config):
     except UserError:
         raise
     except Exception as e:  # what Flax and JAX raise for arguments that give no network is of many kinds
-        raise UserError(f"config.model: no such network: {type(e).__name__}: {npz.one_line(e)}") from None
-    limits.check_parameters(family)
+        raise UserError(f"config.model: no such network: {type(e).__name__}: {one_line(e)}") from None
     if config.objective not in family.objectives:
         allowed = f"{', '.join(family.objectives)}, of family {family.name}"
         raise UserError(f"config.objective: {config.objective!r}; allowed: {allowed}")

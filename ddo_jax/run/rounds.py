@@ -8,7 +8,6 @@ round n:  ref = best EMA parameters of round n-1
 
 import functools
 import itertools
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -210,7 +209,7 @@ def read_best(directory: epath.Path) -> dict | None:
     try:
         return files.read_sealed(directory / "best.json")
     except files.Damaged as e:
-        print(f"warning: {e}: made again from the candidates' results", file=sys.stderr)
+        search.say(f"{e}: made again from the candidates' results")
         return None
 
 

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -21,6 +20,7 @@ import jax
 from etils import epath
 
 from ddo_jax import files, sharding
+from ddo_jax.data.tree import warn
 from ddo_jax.errors import UserError
 
 JOB = uuid.uuid4().hex  # of this process: process ids are used again, also across a restart of a container
@@ -198,14 +198,10 @@ def heartbeat(directory: epath.Path, lease_s: float, stall_s: float = 3600.0):
 # -- tasks ------------------------------------------------------------------------------------------------
 
 
-_SAID: set[str] = set()
-
-
-def warn(text: str) -> None:
-    """Once in a process: jobs that wait look again and again."""
-    if jax.process_index() == 0 and text not in _SAID:
-        print(f"warning: {text}", file=sys.stderr)
-    _SAID.add(text)
+def say(text: str) -> None:
+    """A warning of the first process, once: jobs that wait look again and again."""
+    if jax.process_index() == 0:
+        warn(text)
 
 
 def result_of(directory: epath.Path) -> dict | None:
@@ -219,7 +215,7 @@ def result_of(directory: epath.Path) -> dict | None:
     try:
         return files.read_sealed(directory / RESULT)
     except files.Damaged as e:
-        warn(f"{e}: taken for unfinished")
+        say(f"{e}: taken for unfinished")
         return None
 
 
@@ -228,7 +224,7 @@ def _finished(task: Task) -> dict | None:
     result = result_of(task.directory)
     problem = "" if result is None else task.problem(result)
     if problem:
-        warn(f"{problem}: made again")
+        say(f"{problem}: made again")
     return None if problem else result
 
 

@@ -117,7 +117,7 @@ def finished(workdir: epath.Path) -> dict[str, dict]:
     directories += [*files.matching(workdir / "control", "*"), *files.matching(workdir / "report" / "scores", "*")]
     found = {d: search.result_of(d) for d in directories if d.is_dir()}
     for lost in (d for d, result in found.items() if result is None and (d.parent / "best.json").exists()):
-        search.warn(f"{lost}: its result is lost, though the round is decided: left out of evals.jsonl and curves")
+        search.say(f"{lost}: its result is lost, though the round is decided: left out of evals.jsonl and curves")
     return {str(d.relative_to(workdir)): result for d, result in found.items() if result is not None}
 
 
@@ -137,9 +137,9 @@ def publish_best(setup: Setup, params) -> None:
     directory = setup.workdir / "best"
 
     def run():
-        if jax.process_index() == 0 and _best_problem(directory, {}) and (directory / "checkpoints").exists():
+        if jax.process_index() == 0 and _checkpoint_problem(directory) and (directory / "checkpoints").exists():
             (directory / "checkpoints").rmtree()
-        sharding.agree(True)
+        sharding.agree(True)  # the other processes wait
         with Checkpoints(directory / "checkpoints", alone=True) as checkpoints:
             if checkpoints.latest_step() is None:
                 checkpoints.save(0, {"ema": params}, {"step": 0})
@@ -150,7 +150,7 @@ def publish_best(setup: Setup, params) -> None:
             about = about | classes.metadata(setup.tools.data)
             files.write_bytes(directory / "params.safetensors", safetensors.dumps(arrays, about))
             files.write_sealed(directory / "config.json", setup.config.to_dict())
-            written = [directory / "params.safetensors"]
+            written = [directory / "params.safetensors", directory / "config.json"]
             if (table := files.kept(setup.workdir / classes.TABLE)) is not None:
                 files.write_bytes(directory / classes.TABLE, table)  # best/ alone can be taken elsewhere
                 written.append(directory / classes.TABLE)
@@ -159,15 +159,19 @@ def publish_best(setup: Setup, params) -> None:
     rounds.divide(setup, [search.Task(directory, run, functools.partial(_best_problem, directory))])
 
 
-def _best_problem(directory: epath.Path, result: dict) -> str:
-    """What is not as it was written in best/, in words; "" if all is."""
+def _checkpoint_problem(directory: epath.Path) -> str:
     try:
         read_meta(directory / "checkpoints", 0)
-        if files.read_sealed(directory / "config.json") is None and result:
-            return f"{directory / 'config.json'}: missing"
     except files.Damaged as e:
         return str(e)
-    for name, digest in result.get("files", {"params.safetensors": None} if result else {}).items():
+    return ""
+
+
+def _best_problem(directory: epath.Path, result: dict) -> str:
+    """What is not as it was written in best/, in words; "" if all is."""
+    if problem := _checkpoint_problem(directory):
+        return problem
+    for name, digest in result.get("files", {"params.safetensors": None, "config.json": None}).items():
         path = directory / name
         if not path.exists():
             return f"{path}: missing"

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from ddo_jax import files
+from ddo_jax.data import tree
 from ddo_jax.errors import UserError
-from ddo_jax.run import search, selfplay
+from ddo_jax.run import selfplay
 
 from .conftest import micro_config
 
@@ -32,7 +33,7 @@ def workdir(finished, tmp_path):
     """A copy of it to damage; and the function that takes it back to the middle of its round."""
     copy = tmp_path / "w"
     shutil.copytree(finished[1], copy)
-    search._SAID.clear()
+    tree.warn.cache_clear()
     return copy
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from ddo_jax.errors import UserError
 from ddo_jax.run import config as configs
-from ddo_jax.run import limits, prepare
+from ddo_jax.run import limits, plan, prepare
 
 SIZES = [
     ("ddo.alpha", (4.0, 4.0), "values that differ in their first six digits"),
@@ -66,6 +66,14 @@ def test_what_fits_passes(micro):
     """Breaks if a lower bound is above what a run needs."""
     limits.check(micro, prepare.check_network(micro)[0], 1438)
     assert 2**28 < limits.host_bytes() <= limits.device_bytes()
+
+
+def test_a_plan_is_for_other_machines(micro, monkeypatch):
+    """Breaks if a laptop refuses to plan a run that is meant for a pod."""
+    monkeypatch.setattr(limits, "host_bytes", lambda: 2**16)
+    assert "parameters" in plan.plan(micro, "runs/x", None)
+    with pytest.raises(UserError, match="parameters; training needs at least .*this machine has 64.0 KiB"):
+        prepare.check(micro)
 
 
 def test_durations_are_counted_in_32_bits():
