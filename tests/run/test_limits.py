@@ -70,9 +70,9 @@ def test_what_fits_passes(micro):
 
 def test_a_plan_is_for_other_machines(micro, monkeypatch):
     """Breaks if a laptop refuses to plan a run that is meant for a pod."""
-    monkeypatch.setattr(limits, "host_bytes", lambda: 2**16)
+    monkeypatch.setattr(limits, "host_bytes", lambda: 2**12)
     assert "parameters" in plan.plan(micro, "runs/x", None)
-    with pytest.raises(UserError, match="parameters; training needs at least .*this machine has 64.0 KiB"):
+    with pytest.raises(UserError, match="parameters; training needs at least .*this machine has 4.0 KiB"):
         prepare.check(micro)
 
 
