@@ -9,7 +9,7 @@ Prints one JSON line; minutes per program, so no test runs it. Needs no accelera
 `pip install 'jax[tpu]==V'` (libtpu), or `pip install --no-deps jax-cuda13-plugin==V jax-cuda13-pjrt==V` with V the
 version of jax. Nothing of the real size is allocated: shapes go in, a program comes out.
 
-"expected" is the estimate of `--dry_run` (ddo_jax/run/memory.py), computed before the compiler is asked. A program that
+"expected" is the estimate of `--dry_run` (ddo_jax/plan/memory.py), computed before the compiler is asked. A program that
 does not fit is an error on a TPU, which is recorded, and none on a GPU: compare peak_bytes with memory_bytes. Compiled
 with the fast settings (`effort`), which over-estimate memory a little; without a GPU nothing is autotuned, so the
 workspace of cuDNN's convolutions is not in these figures.
@@ -102,12 +102,13 @@ def lower(config, mesh):
 
     from ddo_jax import sharding
     from ddo_jax.families import get_family
-    from ddo_jax.run import memory, state, step
+    from ddo_jax.plan import memory
+    from ddo_jax.run import state, step
 
     family, c = get_family(config), config.ddo
-    tx = state.optimizer(c)
+    training = step.Training(family, mesh, c, "ddo", warmup=5e5, total=6.4e6)
     params, frozen = memory.abstract(family)
-    shapes = jax.eval_shape(lambda p: state.new_state(p, tx, c.ema_stds), params)
+    shapes = jax.eval_shape(lambda p: state.new_state(p, training.optimizer, c.ema_stds), params)
     whole = sharding.replicated(mesh)
 
     def placed(tree, where):
@@ -116,20 +117,18 @@ def lower(config, mesh):
     record = placed(memory.record(family, c.batch), sharding.batch_sharding(mesh))
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     rest = placed((jax.eval_shape(lambda: step.zero_totals("ddo")), jax.eval_shape(lambda: jax.random.key(0))), whole)
-    advance = step.make_step(family, c, tx, mesh, shapes, objective="ddo", warmup=5e5, total=6.4e6)
     said = jax.ShapeDtypeStruct((c.batch, 2), jnp.float32, sharding=sharding.batch_sharding(mesh))
-    asked = family.version is not None  # the reference, in a program of its own
-    traced = advance.trace(
-        sharding.abstract(mesh, shapes),
-        rest[0],
-        None if asked else sharding.abstract(mesh, params),
-        placed(frozen, whole),
-        record,
-        record,
-        rest[1],
-        step.Hyper(number, number, number, (number, number)),
-        said if asked else None,
+    asked = family.spec.exact  # the reference, in a program of its own
+    inputs = step.Inputs(
+        frozen=placed(frozen, whole),
+        real=record,
+        fake=record,
+        key=rest[1],
+        hyper=step.Hyper(number, number, number, (number, number)),
+        ref=None if asked else sharding.abstract(mesh, params),
+        s_ref=said if asked else None,
     )
+    traced = step.make_step(training).trace(sharding.abstract(mesh, shapes), rest[0], inputs)
     return traced.lower(lowering_platforms=(mesh.devices.flat[0].platform.replace("gpu", "cuda"),))
 
 
@@ -142,7 +141,7 @@ def main() -> None:
 
     from ddo_jax import sharding
     from ddo_jax.families import get_family
-    from ddo_jax.run import memory
+    from ddo_jax.plan import memory
 
     jax.config.update("jax_exec_time_optimization_effort", a.effort)
     jax.config.update("jax_memory_fitting_effort", a.effort)

@@ -36,12 +36,12 @@ from common import ROOT, report, spread
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 sys.path.insert(0, str(ROOT))
 from ddo_jax import sharding  # noqa: E402
+from ddo_jax.config import base
 from ddo_jax.convert import edm as convert  # noqa: E402
 from ddo_jax.core import samplers  # noqa: E402
 from ddo_jax.families import get_family  # noqa: E402
 from ddo_jax.models import edm as networks  # noqa: E402
 from ddo_jax.run import state, step  # noqa: E402
-from ddo_jax.run.config import base  # noqa: E402
 
 NAME = "edm-cifar10-32x32-uncond-vp"
 SMALL = {"img_resolution": 16, "model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8]}
@@ -185,20 +185,19 @@ def train(config, weights, batch: int, objective: str) -> Program:
     whole = training_config(config, batch)
     family, mesh, key = get_family(whole), sharding.make_mesh(), jax.random.key(0)
     c = whole.ddo if objective == "ddo" else whole.pretrain
-    tx, params = state.optimizer(c), jax.device_put(convert.from_torch(config, weights)[1]["params"])
-    current = sharding.place(mesh, state.new_state(params, tx))
-    shapes = jax.eval_shape(lambda: current)
-    advance = step.make_step(family, c, tx, mesh, shapes, objective=objective, warmup=0.0, total=1e6)
-    images = np.random.default_rng(0).integers(0, 256, (2, batch, *family.image_shape)).astype(np.uint8)
+    training = step.Training(family, mesh, c, objective, warmup=0.0, total=1e6)
+    params = jax.device_put(convert.from_torch(config, weights)[1]["params"])
+    current, advance = sharding.place(mesh, state.new_state(params, training.optimizer)), step.make_step(training)
+    images = np.random.default_rng(0).integers(0, 256, (2, batch, *family.spec.image_shape)).astype(np.uint8)
     labels = np.zeros(batch, np.int32)
     real, fake = (sharding.put_batch(mesh, {"image": i, "label": labels}) for i in images)
-    rest = (params, {}, real, fake) if objective == "ddo" else (None, {}, real, None)
-    rest = (*rest, key, step.Hyper(4.0, 0.05, 1e-6, (-1.2, 1.2)))
+    partners = dict(ref=params, fake=fake) if objective == "ddo" else dict(fake=None)
+    inputs = step.Inputs({}, real, key=key, hyper=step.Hyper(4.0, 0.05, 1e-6, (-1.2, 1.2)), **partners)
     held = [current, sharding.replicate(mesh, step.zero_totals(objective))]
-    compiled, seconds, flops = ahead(advance, *held, *rest)
+    compiled, seconds, flops = ahead(advance, *held, inputs)
 
     def call():
-        held[:] = compiled(*held, *rest)
+        held[:] = compiled(*held, inputs)
         jax.block_until_ready(held)
 
     return Program(call, seconds, peak_bytes(compiled) >> 20, flops)

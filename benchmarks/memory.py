@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--configs edm2_in64 edm2_in512 var_in256 var_in256:d30]
 
-The estimate of `--dry_run` (ddo_jax/run/memory.py) for 1, 8 and 64 devices, with and without rematerialisation, and
+The estimate of `--dry_run` (ddo_jax/plan/memory.py) for 1, 8 and 64 devices, with and without rematerialisation, and
 the largest batch that one device of 80 GB takes without accumulation. It is before fusion: compiled programs need less
 on GPUs, half without rematerialisation (benchmarks/aot.py), so "largest" is on the safe side.
 
@@ -20,7 +20,7 @@ from common import ROOT, report
 
 sys.path.insert(0, str(ROOT))
 from ddo_jax.families import get_family  # noqa: E402
-from ddo_jax.run import memory  # noqa: E402
+from ddo_jax.plan import memory
 
 BUDGET = 80 * 10**9
 MESHES = ((1, 1), (8, 1), (8, 8), (64, 64))  # devices, fsdp

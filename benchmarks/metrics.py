@@ -17,7 +17,7 @@ import numpy as np
 from common import process, python, report, spread
 
 from ddo_jax.convert import safetensors, to_torch
-from ddo_jax.core import frechet
+from ddo_jax.core.stats import frechet
 from ddo_jax.models import dinov2, inception
 
 

@@ -24,23 +24,22 @@ def make(config, objective: str):
     """A function that advances one training state by `repeat` steps and waits for the result."""
     family, mesh = get_family(config), sharding.make_mesh()
     c = config.ddo if objective == "ddo" else config.pretrain
-    tx, key = state.optimizer(c), jax.random.key(0)
+    training, key = step.Training(family, mesh, c, objective, warmup=0.0, total=1e6), jax.random.key(0)
     params, frozen = jax.jit(family.init)(key)
-    current = sharding.place(mesh, state.new_state(params, tx))
-    shapes = jax.eval_shape(lambda: current)
-    advance = step.make_step(family, c, tx, mesh, shapes, objective=objective, warmup=0.0, total=1e6)
+    current, advance = sharding.place(mesh, state.new_state(params, training.optimizer)), step.make_step(training)
     generator = np.random.default_rng(0)
-    images = generator.integers(0, config.model.levels, (2, c.batch, *family.image_shape)).astype(np.uint8)
+    images = generator.integers(0, config.model.levels, (2, c.batch, *family.spec.image_shape)).astype(np.uint8)
     labels = generator.integers(0, 10, (2, c.batch)).astype(np.int32)
     real, fake = ({"image": i, "label": y} for i, y in zip(images, labels, strict=True))
     real, fake = sharding.put_batch(mesh, real), sharding.put_batch(mesh, fake)
     hyper = step.Hyper(4.0, 0.2, 1e-6, (-0.4, 1.2))
     held = [current, sharding.replicate(mesh, step.zero_totals(objective))]
-    reference = (params, fake) if objective == "ddo" else (None, None)
+    partners = dict(ref=params, fake=fake) if objective == "ddo" else dict(fake=None)
+    inputs = step.Inputs(frozen, real, key=key, hyper=hyper, **partners)
 
     def run(repeat: int):
         for _ in range(repeat):
-            held[:] = advance(held[0], held[1], reference[0], frozen, real, reference[1], key, hyper)
+            held[:] = advance(*held, inputs)
         jax.block_until_ready(held[0])
 
     began = time.perf_counter()

@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 from ddo_jax import sharding  # noqa: E402
 from ddo_jax.errors import UserError  # noqa: E402
 from ddo_jax.families import get_family  # noqa: E402
-from ddo_jax.run import asked, memory, plan, state, step  # noqa: E402
+from ddo_jax.plan import dry_run, memory
+from ddo_jax.run import reference_scores, state, step
 
 
 def weights_of(family, mesh):
@@ -44,8 +45,8 @@ def programs(config) -> dict:
     family, mesh, c = get_family(config), sharding.make_mesh(), config.ddo
     params, frozen = weights_of(family, mesh)
     rng, key = np.random.default_rng(0), jax.random.key(0)
-    labels = rng.integers(0, family.num_classes, c.batch).astype(np.int32)
-    pixels = rng.integers(0, family.levels, (c.batch, *family.image_shape)).astype(np.uint8)
+    labels = rng.integers(0, family.spec.num_classes, c.batch).astype(np.int32)
+    pixels = rng.integers(0, family.spec.levels, (c.batch, *family.spec.image_shape)).astype(np.uint8)
     pixels = sharding.put_batch(mesh, {"image": pixels, "label": labels})
     keys = jax.random.split(key, c.batch)
     plain = family.fake_settings(family.settings({}))._replace(reencode=False)
@@ -60,24 +61,23 @@ def programs(config) -> dict:
 
     tokens = jax.jit(lambda frozen, record: family.store(frozen, family.encode(frozen, record, key)))
     record, noise = tokens(frozen, pixels), (0.0, 1.0)
-    phase = SimpleNamespace(ref=params, hyper=step.Hyper(10.0, 0.02, 1e-6, noise))
-    both, asks = dict.fromkeys(("real", "fake"), record), asked.programs(family, c, mesh)
+    hyper = step.Hyper(10.0, 0.02, 1e-6, noise)
+    both, asks = dict.fromkeys(("real", "fake"), record), reference_scores.programs(family, c, mesh)
 
     def ask(kept):
         rows = dict.fromkeys(both, np.arange(c.batch) if kept else None)
-        return asked.Asked(asks, mesh, frozen, phase, key, kept)(0, both, rows)
+        phase = SimpleNamespace(partners=SimpleNamespace(ref=params, kept=kept), hyper=hyper)
+        return reference_scores.ReferenceScores(asks, mesh, frozen, phase, key)(0, both, rows)
 
-    tx = state.optimizer(c)
-    current = sharding.place(mesh, state.new_state(params, tx))
-    shapes = jax.eval_shape(lambda: current)
-    advance = step.make_step(family, c, tx, mesh, shapes, objective="ddo", warmup=0.0, total=1e6)
+    training = step.Training(family, mesh, c, "ddo", warmup=0.0, total=1e6)
+    current, advance = sharding.place(mesh, state.new_state(params, training.optimizer)), step.make_step(training)
     held = [current, sharding.replicate(mesh, step.zero_totals("ddo"))]
 
     def update(s_ref):
-        held[:] = advance(held[0], held[1], None, frozen, record, record, key, phase.hyper, s_ref)
+        held[:] = advance(*held, step.Inputs(frozen, record, record, key, hyper, s_ref=s_ref))
         return held[0]
 
-    kept = {name: asked.Kept(c.batch) for name in both}
+    kept = {name: reference_scores.Kept(c.batch) for name in both}
     for _ in range(2):
         ask(kept)  # from now on it knows them all
     return {
@@ -122,7 +122,7 @@ def main() -> None:
 
     family = get_family(config)
     rates = [config.ddo.batch / s for s in seconds["generate"]]  # a fake costs one forward pass over its tokens
-    tflops = plan.forward_flops(family, *memory.abstract(family)) * statistics.median(rates) / 1e12
+    tflops = dry_run.forward_flops(family, *memory.abstract(family)) * statistics.median(rates) / 1e12
     peak = {"percent_of_peak": round(100 * tflops / args.peak_tflops, 2)} if args.peak_tflops else {}
 
     def ratio(a, b):

@@ -63,7 +63,7 @@ def setup():
     family = get_family(edm.training_config(CONFIG, BATCH))
     params = jax.device_put(edm.convert.from_torch(CONFIG, edm.random_weights(CONFIG))[1]["params"])
     ref = jax.tree.map(lambda p: 1.001 * p, params)
-    images = np.random.default_rng(0).uniform(-1, 1, (2, BATCH, *family.image_shape)).astype(np.float32)
+    images = np.random.default_rng(0).uniform(-1, 1, (2, BATCH, *family.spec.image_shape)).astype(np.float32)
     real, fake = ({"x": i, "label": np.zeros(BATCH, np.int32)} for i in images)
     return family, params, ref, (real, fake, family.draw(jax.random.key(0), BATCH, (-1.2, 1.2)))
 
@@ -196,18 +196,18 @@ def build_step(change=lambda family: family, donate: bool = True):
     """(call, costs) of the DDO step of the product with a changed family; the state is carried on."""
     whole = edm.training_config(CONFIG, BATCH)
     family, params, ref, _ = setup()
-    family, mesh, tx = change(family), sharding.make_mesh(), state.optimizer(whole.ddo)
-    held = [sharding.place(mesh, state.new_state(params, tx)), sharding.replicate(mesh, step.zero_totals("ddo"))]
-    shapes = jax.eval_shape(lambda: held[0])
-    advance = step.make_step(family, whole.ddo, tx, mesh, shapes, objective="ddo", warmup=0.0, total=1e6)
+    mesh = sharding.make_mesh()
+    training = step.Training(change(family), mesh, whole.ddo, "ddo", warmup=0.0, total=1e6)
+    current = sharding.place(mesh, state.new_state(params, training.optimizer))
+    held, advance = [current, sharding.replicate(mesh, step.zero_totals("ddo"))], step.make_step(training)
     advance = advance if donate else jax.jit(advance.__wrapped__)
-    images = np.random.default_rng(0).integers(0, 256, (2, BATCH, *family.image_shape)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (2, BATCH, *family.spec.image_shape)).astype(np.uint8)
     real, fake = (sharding.put_batch(mesh, {"image": i, "label": np.zeros(BATCH, np.int32)}) for i in images)
-    rest = ref, {}, real, fake, jax.random.key(0), step.Hyper(4.0, 0.05, 1e-6, (-1.2, 1.2))
-    compiled, seconds, _ = edm.ahead(advance, *held, *rest)
+    inputs = step.Inputs({}, real, fake, jax.random.key(0), step.Hyper(4.0, 0.05, 1e-6, (-1.2, 1.2)), ref)
+    compiled, seconds, _ = edm.ahead(advance, *held, inputs)
 
     def call():
-        held[:] = compiled(*held, *rest)
+        held[:] = compiled(*held, inputs)
         jax.block_until_ready(held)
 
     return call, costs(compiled, seconds)

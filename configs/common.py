@@ -2,7 +2,7 @@
 (arXiv 2206.00364), "paper" is the DDO paper (arXiv 2503.01103), "ours" was not published and is our choice.
 """
 
-from ddo_jax.run.config import base
+from ddo_jax.config import base
 
 MI = 2**20 / 1e6  # EDM2 counts images in units of 2^20
 

@@ -12,8 +12,8 @@ Variants: `:runlocal` the same code path in under a minute; `:unet` a small DDPM
 The recipe was searched on this data (issue "The main job"): "ours" below; "EDM" marks Karras et al. 2022.
 """
 
+from ddo_jax.config import base
 from ddo_jax.core.ema import decay_to_half_life
-from ddo_jax.run.config import base
 
 BATCH = 128
 

@@ -20,8 +20,8 @@ The recipe was searched on this data: "ours" below. "VAR" marks Tian et al. 2024
 from pathlib import Path
 
 from configs import common
+from ddo_jax.config import base
 from ddo_jax.core.ema import decay_to_half_life
-from ddo_jax.run.config import base
 
 BATCH = 128
 

@@ -10,7 +10,7 @@ reproduced), `:runlocal` under a minute on a CPU.
 """
 
 from configs import common
-from ddo_jax.run.config import base
+from ddo_jax.config import base
 
 NAME = "edm-imagenet-64x64-cond-adm"
 

@@ -25,8 +25,8 @@ for d30). The paper's curve of FID over IS:
 from pathlib import Path
 
 from configs import common
+from ddo_jax.config import base
 from ddo_jax.models.var import VAR_PRESETS
-from ddo_jax.run.config import base
 
 # VAR's own pretraining: learning rate at batch 256, batch, epochs, final rate as a fraction, final weight decay
 SIZES = {

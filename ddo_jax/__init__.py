@@ -41,7 +41,7 @@ __all__ = [
 
 
 def load(what):
-    """A trained model by name, path or URL; see `ddo_jax.run.load.load`. Only the call imports Flax."""
-    from ddo_jax.run.load import load as _load
+    """A trained model by name, path or URL; see `ddo_jax.store.load.load`. Only the call imports Flax."""
+    from ddo_jax.store.load import load as _load
 
     return _load(what)

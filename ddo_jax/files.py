@@ -126,6 +126,10 @@ def writing(path: epath.PathLike) -> Iterator[BinaryIO]:
     After an exception there is neither the new file nor a temporary one.
     """
     path = epath.Path(path)
+    if "://" in os.fspath(path):
+        with path.open("wb") as f:
+            yield f
+        return
     if os.path.exists(path) and not os.path.isfile(path):  # a rename would take its place, also a device's
         raise OSError(errno.EEXIST, "it exists and is no regular file", os.fspath(path))
     temporary = _temporary(path)

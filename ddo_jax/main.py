@@ -13,8 +13,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ddo_jax import files
+from ddo_jax.config import loading
 from ddo_jax.errors import UserError
-from ddo_jax.run import config_file
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits.py"
 
@@ -22,7 +22,7 @@ FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with an optional variant: configs/digits.py:runlocal (default: configs/digits.py)"
 )
-FLAGS["config"].parser = config_file.Parser()
+FLAGS["config"].parser = loading.Parser()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Everything goes here; unset: runs/<name of the config>")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Several hosts: Slurm, GKE and TPU pods are detected by JAX (see launch/)"
@@ -41,10 +41,10 @@ def parse(argv):
     if not any(a.lstrip("-") == "config" or a.lstrip("-").startswith("config=") for a in argv[1:]):
         argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
     try:
-        argv, nones = config_file.take_nones(FLAGS.read_flags_from_files(argv, force_gnu=False))
+        argv, nones = loading.take_nones(FLAGS.read_flags_from_files(argv, force_gnu=False))
         rest = FLAGS(argv)
         for key in nones:
-            config_file.unset(FLAGS["config"].value, key)
+            loading.unset(FLAGS["config"].value, key)
         return rest
     except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
         fail(one_line(str(e)))
@@ -72,7 +72,7 @@ def fail(message: str):
 
 def default_workdir() -> str:
     """runs/digits, runs/digits-runlocal, ..."""
-    path, variant = config_file.split(config_flags.get_config_filename(FLAGS["config"]))
+    path, variant = loading.split(config_flags.get_config_filename(FLAGS["config"]))
     return os.path.join("runs", path.stem + (f"-{variant}" if variant else "").replace(":", "-"))
 
 
@@ -94,17 +94,19 @@ def main(argv):
         import jax
 
         jax.distributed.initialize()
-    from ddo_jax.run import compilation, plan, selfplay
+    from ddo_jax import compilation
+    from ddo_jax.plan import dry_run
+    from ddo_jax.run import main_job
 
     workdir = os.path.expanduser(_WORKDIR.value or default_workdir())
     try:
         with compilation.cache():
             if _DRY_RUN.value:
-                print(plan.plan(_CONFIG.value, workdir, _IMAGES_PER_S.value))
+                print(dry_run.plan(_CONFIG.value, workdir, _IMAGES_PER_S.value))
             else:
                 kept = f"{workdir} keeps what is finished, up to the last whole checkpoint; make room: the same command"
                 with files.full_disk(f"{kept} continues"):
-                    selfplay.run(_CONFIG.value, workdir)
+                    main_job.run(_CONFIG.value, workdir)
     except UserError as e:
         fail(str(e))
     except OSError as e:  # a file of the run: it cannot be read, it is a folder, the file system is gone

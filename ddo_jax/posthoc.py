@@ -6,16 +6,15 @@ The results, phema-<kimg>-<std>.safetensors, are checkpoints for ddo_jax.sample,
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from ddo_jax import cli
 from ddo_jax.core.phema import MAX_STD
 from ddo_jax.errors import UserError
-from ddo_jax.sample import Parser
 
 
-def parser() -> Parser:
-    p = Parser(prog="python -m ddo_jax.posthoc", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def parser() -> cli.Parser:
+    p = cli.Parser(prog="python -m ddo_jax.posthoc", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("snapshots", metavar="DIR", help="folder of snapshots, or a phase directory or workdir of ours")
     p.add_argument("--std", required=True, metavar="STD,...", help="wanted EMA lengths, relative standard deviations")
     p.add_argument("--out", metavar="DIR|FILE", help="a folder, or a .safetensors file for a single length")
@@ -105,7 +104,14 @@ def table(snapshots, lengths: list[float], x, rest) -> str:
 
 def run(args) -> None:
     from ddo_jax import files
-    from ddo_jax.run import snapshots
+
+    with files.full_disk("the files that were named are whole; with --force the same command makes all again"):
+        reconstruct(args)
+
+
+def reconstruct(args) -> None:
+    from ddo_jax import files
+    from ddo_jax.store import snapshots
 
     lengths = parse_lengths(args.std)
     found = snapshots.find(args.snapshots)
@@ -125,15 +131,7 @@ def run(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    from ddo_jax import files
-
-    try:
-        with files.full_disk("the files that were named are whole; with --force the same command makes all again"):
-            run(args)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    cli.main(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import optax
 
 from ddo_jax import convert, files
 from ddo_jax.convert import safetensors
-from ddo_jax.core import frechet
+from ddo_jax.core.stats import frechet
 from ddo_jax.data.sources import open_source
 from ddo_jax.evaluate import digits
 from ddo_jax.models.vqvae import from_config

@@ -1,11 +1,97 @@
-"""Strict JAX for every test: silent rank or dtype promotion is the classic bug of per-example losses."""
+"""Strict JAX for every test: silent rank or dtype promotion is the classic bug of per-example losses.
+
+One compilation cache for the session and all its workers; compiled programs are dropped between modules, so that a
+worker does not grow.
+"""
 
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never wait for a network
 
 import jax
+import pytest
+
+from ddo_jax.run.prepare import prepare
+from tests.harness import Quiet, micro_config
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+HARNESS = ("run", "store", "plan", "generate")  # folders whose tests train: optax's Adam fails under strict promotion
+
+
+def _cache(config) -> Path:
+    """The same folder in every worker of a session."""
+    session = getattr(config, "workerinput", {}).get("testrunuid") or f"{os.getpid()}"
+    return Path(tempfile.gettempdir()) / f"ddo_jax-tests-{session}"
+
+
+def pytest_configure(config):
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        options = {"dir": str(_cache(config)), "raise_persistent_cache_errors": False}
+        jax.config.update("jax_compilation_cache_dir", options["dir"])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(_cache(config), ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digits_directory(tmp_path_factory):
+    """The digits are prepared once a session, never in the user's own directory."""
+    directory = tmp_path_factory.getbasetemp() / "tfds"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(directory))
+        yield directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_programs():
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def promotion(request):
+    folder = Path(request.path).relative_to(Path(__file__).parent).parts[0]
+    with jax.numpy_dtype_promotion("standard" if folder in HARNESS else "strict"):
+        yield
+
+
+@pytest.fixture
+def micro():
+    return micro_config()
+
+
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory):
+    """The classifier's weights, trained once: a workdir that has them does not train it again."""
+    directory = tmp_path_factory.mktemp("features")
+    with jax.numpy_dtype_promotion("standard"):
+        setup = prepare(micro_config(), directory, Quiet())
+    return setup, directory / "features-digits.npz"
+
+
+@pytest.fixture
+def new_workdir(tmp_path, fitted):
+    """A function that makes workdirs with the fitted classifier in them."""
+
+    def make(name: str):
+        (tmp_path / name).mkdir()
+        shutil.copy(fitted[1], tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def setup(fitted):
+    """A prepared run of the micro config; its jitted steps and sampler are shared by all tests."""
+    return fitted[0]

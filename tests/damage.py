@@ -23,16 +23,16 @@ from absl import logging  # noqa: E402
 
 from ddo_jax.data import tree  # noqa: E402
 from ddo_jax.errors import UserError  # noqa: E402
-from ddo_jax.run import selfplay  # noqa: E402
+from ddo_jax.run import main_job  # noqa: E402
+from tests.harness import micro_config  # noqa: E402
 from tests.run import test_damage as damages  # noqa: E402
-from tests.run.conftest import micro_config  # noqa: E402
 
 
 def outcome(config, workdir: Path, wanted) -> str:
     tree.warn.cache_clear()
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            selfplay.run(config, workdir)
+            main_job.run(config, workdir)
     except UserError as e:
         return "refused" if "\n" not in str(e) else "not one line"
     except Exception as e:
@@ -49,7 +49,7 @@ def main() -> int:
     logging.set_verbosity(logging.FATAL)
     root, config = Path(tempfile.mkdtemp()), micro_config()
     config.keep = "all" if args.undecided else "best"
-    selfplay.run(config, root / "good")
+    main_job.run(config, root / "good")
     wanted, counts = damages.result(root / "good"), collections.Counter()
     names = [str(path.relative_to(root / "good")) for path in sorted((root / "good").rglob("*")) if path.is_file()]
     for name in names:

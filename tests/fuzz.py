@@ -299,7 +299,7 @@ def pool_folder(rng, folder):
 
 def convert(path):
     how = ["--dry_run"] if path.stat().st_size % 2 else [str(path.with_name("dst.safetensors")), "--force"]
-    command.run([str(path), *how])
+    command.run(command.parser().parse_args([str(path), *how]))
 
 
 def reference(path):

@@ -12,7 +12,7 @@ import pytest
 from ddo_jax import convert, posthoc, sample
 from ddo_jax.convert import safetensors
 from ddo_jax.errors import UserError
-from ddo_jax.run import snapshots
+from ddo_jax.store import snapshots
 
 ROOT = Path(__file__).parents[1]
 GOLDENS = ROOT / "tests" / "goldens"

@@ -12,12 +12,10 @@ import dataclasses
 import io
 import json
 import os
-import sys
 
 import numpy as np
 
-from ddo_jax import convert, files
-from ddo_jax.arguments import PathParser
+from ddo_jax import cli, convert, files
 from ddo_jax.convert import names, safetensors, torch_write
 from ddo_jax.convert.inert import UnsafeOrDamaged
 from ddo_jax.convert.read import CONFIG_KEY, ENCODER_KEY, KIND_KEY, Released, count, read, same_bytes
@@ -28,21 +26,13 @@ BUFFERS = (".freqs", ".phases", ".resample_filter")  # how the names of constant
 BUFFERS += ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")  # VAR and its tokenizer
 
 
-class _Parser(PathParser):
-    def error(self, message):  # one line, without the usage
-        raise UserError(f"{message}; see python -m ddo_jax.convert --help")
-
-
-def parse(argv):
-    parser = _Parser("python -m ddo_jax.convert", description=__doc__.split("\n\n")[1])
-    parser.add_argument("src", metavar="SRC", help="file, known name or URL")
-    parser.add_argument("dst", metavar="DST", nargs="?", help=f"output: {ALLOWED}; not needed with --dry_run")
-    parser.add_argument("--dry_run", action="store_true", help="print the table and stop")
-    parser.add_argument("--force", action="store_true", help="replace DST if it exists")
-    args = parser.parse_args(argv)
-    if args.dst is None and not args.dry_run:
-        raise UserError(f"DST is missing; give a {ALLOWED} file, or --dry_run")
-    return args
+def parser() -> cli.Parser:
+    p = cli.Parser("python -m ddo_jax.convert", description=__doc__.split("\n\n")[1])
+    p.add_argument("src", metavar="SRC", help="file, known name or URL")
+    p.add_argument("dst", metavar="DST", nargs="?", help=f"output: {ALLOWED}; not needed with --dry_run")
+    p.add_argument("--dry_run", action="store_true", help="print the table and stop")
+    p.add_argument("--force", action="store_true", help="replace DST if it exists")
+    return p
 
 
 def check_destination(dst: str, force: bool):
@@ -169,11 +159,15 @@ def save(dst: str, released: Released, state: dict):
         raise UserError(f"{dst}: cannot be written ({e.strerror})") from None
 
 
-def run(argv):
-    args = parse(argv)
+def run(args) -> None:
+    if args.dst is None and not args.dry_run:
+        raise UserError(f"DST is missing; give a {ALLOWED} file, or --dry_run")
     if args.dst is not None and not args.dry_run:
         check_destination(args.dst, args.force)
-    source = read(names.resolve(args.src))
+    try:
+        source = read(names.resolve(args.src))
+    except UnsafeOrDamaged as e:
+        raise UserError(str(e)) from None
     released = with_todays_names(source)
     state = convert_checked(released)
     describe(released, args.dst)
@@ -183,14 +177,9 @@ def run(argv):
         print(f"wrote {args.dst}, equal to the source {'byte for byte' if same else 'but for the names it had'}")
 
 
-def main(argv=None) -> int:
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except (UserError, UnsafeOrDamaged) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str] | None = None) -> None:
+    cli.main(parser(), run, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

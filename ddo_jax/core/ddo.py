@@ -6,11 +6,28 @@
 The frozen reference p_ref is where theta starts and where the fakes come from. Everything returns one number
 per example; the only average is the one in `ddo_loss`.
 
+The argument. A GAN's discriminator d tells data from samples of p_ref; its best one has the logit log p_data / p_ref.
+So take d = sigmoid(beta r), a discriminator whose parameters are those of the generator: training it IS training
+p_theta, and no second network, no gradient through a sampler and no change to sampling is needed. At beta = alpha = 1
+the optimum is p_theta = p_data. With beta alone it is
+
+    p_theta  proportional to  p_ref^(1 - 1/beta) p_data^(1/beta)
+
+(beta r = log p_data / p_ref): a beta below 1 asks for MORE than the data, an extrapolation from p_ref beyond p_data,
+and alpha shifts the logit by -log alpha, which a normalised p_theta cannot follow everywhere. So the loss is not run
+to its end: a round is short, is stopped at its best, and starts again from there.
+
+Diffusion has no log p. The ELBO puts -E_sigma,eps[ w ||F - F_hat||^2 ] in its place, so that r is an expectation, too;
+-log sigmoid is convex, so by Jensen the mean of the loss over single draws bounds the loss of the mean from above, and
+ONE draw of (sigma, eps) is an unbiased estimate of that bound. The same draw must serve all four evaluations, target
+and reference on real and fake row i: the noise that they share cancels in r, which is why r is exactly 0 at the start
+and small after it, and why `pair_objective` takes the draws as an argument.
+
 Reference: Zheng et al. 2025, "Direct Discriminative Optimization", arXiv 2503.01103.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -244,6 +261,81 @@ def summarize(stats: Stats) -> dict[str, Any]:
     out["margin"] = out["r_real_mean"] - out["r_fake_mean"]
     out["accuracy"] = 0.5 * (mean_of.pop("acc_real") + mean_of.pop("acc_fake"))
     return out | mean_of
+
+
+class Pair(NamedTuple):
+    """B real and B fake examples, and the draws that row i of both shares.
+
+    Attributes:
+      real, fake: pytrees of arrays [B, ...]. draws: all randomness of one evaluation, a pytree of [B, ...].
+      s_ref: what the reference said, [B, 2] (columns real, fake), where its scores are exact and known; else None.
+    """
+
+    real: Any
+    fake: Any
+    draws: Any
+    s_ref: Any = None
+
+
+def interleave(real: Any, fake: Any) -> Any:
+    """Rows real_0, fake_0, real_1, ...: one forward pass for both, and no row changes its device.
+
+    Args:
+      real, fake: pytrees of arrays [B, ...] of one structure.
+
+    Returns:
+      The same pytree of [2B, ...].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(interleave(jnp.array([1, 2]), jnp.array([-1, -2])))
+      [ 1 -1  2 -2]
+    """
+    return jax.tree.map(lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:]), real, fake)
+
+
+def pair_objective(
+    score: Callable[..., Any],
+    ratio: Callable[..., Any],
+    loss: Callable[..., Any],
+    params: PyTree,
+    ref_params: PyTree,
+    pair: Pair,
+) -> tuple[Float[Array, ""], Stats]:
+    """The algorithm: a batch of pairs to loss and statistics, for any model.
+
+        s = score(theta; x, draws),   s_ref = score(ref; x, draws),   r = ratio(s, s_ref; x, draws)
+        for x in real, fake with the same draws in row i;       loss(r_real, r_fake, s)
+
+    Args:
+      score: `score(params, examples [2B,...], draws [2B,...]) -> s`, a pytree of [2B, ...]: a network's raw output F,
+        or the exact log p [2B]. Deterministic: all randomness comes in through draws.
+      ratio: `ratio(s, s_ref, examples, draws) -> r [2B]`, nats: `diffusion_log_ratio`, or the difference.
+      loss: `loss(r_real [B], r_fake [B], s) -> (scalar, stats)`: `ddo_loss` with its alpha and beta.
+      params: of the target, differentiated.
+      ref_params: of the reference, under stop_gradient; not used with pair.s_ref.
+      pair: see `Pair`. Real and fake rows go through the network in one pass.
+
+    Returns:
+      What `loss` returns.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> score = lambda mu, x, draws: -0.5 * (x - mu) ** 2  # log p of a Gaussian
+      >>> ratio = lambda s, s_ref, x, draws: s - s_ref
+      >>> loss = lambda r_real, r_fake, s: ddo_loss(r_real, r_fake, alpha=1.0, beta=1.0)
+      >>> pair = Pair(real=jnp.array([1.0]), fake=jnp.array([-1.0]), draws=jnp.zeros(1))
+      >>> value, stats = pair_objective(score, ratio, loss, jnp.float32(1.0), jnp.float32(0.0), pair)
+      >>> print(summarize(stats)["margin"])  # r = mu x - mu^2 / 2
+      2.0
+
+    Reference: arXiv 2503.01103, section 3, algorithm 1.
+    """
+    examples, draws = interleave(pair.real, pair.fake), interleave(pair.draws, pair.draws)
+    s = score(params, examples, draws)
+    s_ref = score(ref_params, examples, draws) if pair.s_ref is None else pair.s_ref.reshape(-1)
+    r = ratio(s, jax.lax.stop_gradient(s_ref), examples, draws).reshape(-1, 2)
+    return loss(r[:, 0], r[:, 1], s)
 
 
 def _sum_count(v: Float[Array, "b"]) -> tuple[Float[Array, ""], Float[Array, ""]]:

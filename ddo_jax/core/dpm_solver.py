@@ -70,6 +70,10 @@ class DPMSettings(NamedTuple):
         """Network evaluations per image: one a step, also with the corrector."""
         return self.num_steps
 
+    def record(self) -> dict:
+        """What a protocol says of it."""
+        return {"solver": self.solver, **self._asdict()}
+
 
 class DPMSchedule(NamedTuple):
     """What each step needs, float64 on the host: the noise level of its D, and two rows of weights.

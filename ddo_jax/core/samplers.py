@@ -59,6 +59,10 @@ class HeunSettings(NamedTuple):
         """Network evaluations per image: 2n - 1, for the last step is Euler's."""
         return 2 * self.num_steps - 1
 
+    def record(self) -> dict:
+        """What a protocol says of it."""
+        return {"solver": self.solver, **self._asdict()}
+
 
 class HeunSchedule(NamedTuple):
     """What each step needs, float64 [n] on the host: its start, its end, the std of the noise before it."""

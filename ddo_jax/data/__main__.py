@@ -10,23 +10,11 @@ Exit codes: 0 done, 2 something the user can mend (one line says what).
 
 import sys
 
-from ddo_jax.arguments import PathParser
+from ddo_jax import cli
 from ddo_jax.errors import UserError
 
 
-def fail(message: str):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-class Parser(PathParser):
-    """argparse, with errors in one line."""
-
-    def error(self, message):
-        fail(f"{message}; see {self.prog} --help")
-
-
-def add_image_flags(p: Parser) -> None:
+def add_image_flags(p: cli.Parser) -> None:
     """SRC, and what is done to its images: the same for both commands."""
     p.add_argument("src", metavar="SRC", help="folder (one subfolder a class, or dataset.json), .zip, or tfds:NAME")
     p.add_argument("--resolution", type=int, metavar="N", help="N x N pixels (default: as they are)")
@@ -50,8 +38,8 @@ def add_image_flags(p: Parser) -> None:
     p.add_argument("--data_dir", metavar="DIR", help="of TFDS sets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
 
 
-def make_parser() -> Parser:
-    p = Parser(
+def parser() -> cli.Parser:
+    p = cli.Parser(
         prog="python -m ddo_jax.data",
         allow_abbrev=False,
         description="Make a set of equal images from a folder, a zip or a prepared TFDS set. Every image becomes "
@@ -67,8 +55,8 @@ def make_parser() -> Parser:
     return p
 
 
-def encode_parser() -> Parser:
-    p = Parser(
+def encode_parser() -> cli.Parser:
+    p = cli.Parser(
         prog="python -m ddo_jax.data encode",
         allow_abbrev=False,
         description="Make EDM2's set of latents: the images of SRC, first made equal as by python -m ddo_jax.data, are "
@@ -88,24 +76,28 @@ def encode_parser() -> Parser:
     return p
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    encodes = argv[:1] == ["encode"]
-    options = vars(encode_parser().parse_args(argv[1:]) if encodes else make_parser().parse_args(argv))
+def run(options: dict) -> None:
     from ddo_jax.data import labels, sources
 
+    encodes = "vae" in options
+    if encodes:
+        from ddo_jax.data.encode import encode as work  # only here: it loads Flax
+    else:
+        from ddo_jax.data.make import make as work
     try:
-        if encodes:
-            from ddo_jax.data.encode import encode as work  # only here: it loads Flax
-        else:
-            from ddo_jax.data.make import make as work
         path = work(options.pop("src"), options.pop("dst"), **options)
         made = sources.open_source(str(path), "train")
     except UserError as e:
-        fail(str(e).replace("config.data.name", "SRC"))
+        raise UserError(str(e).replace("config.data.name", "SRC")) from None
     shape, kind = "x".join(map(str, made.image_shape)), "latents (mean, std)" if encodes else "images"
     named = labels.table_line(labels.class_table(made.num_classes, made.class_names, made.class_counts))
     print(f"{path}: {len(made)} {kind} of {shape}, {made.num_classes} classes, CRC {made.fingerprint}{named}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    encodes = argv[:1] == ["encode"]
+    cli.main(encode_parser() if encodes else parser(), lambda args: run(vars(args)), argv[encodes:])
 
 
 if __name__ == "__main__":

@@ -96,8 +96,23 @@ def lossy_kind(data: bytes) -> str:
     return "AVIF" if data[4:12] in (b"ftypavif", b"ftypavis") else ""
 
 
-def encode_png(pixels: np.ndarray) -> bytes:
-    """uint8 [H, W, C], C = 1 or 3 -> PNG without compression: 1.5 times larger, faster to read."""
+def to_levels(images: np.ndarray, have: int, want: int) -> np.ndarray:
+    """Grey levels 0..have-1 spread over 0..want-1: the one rule for files, pictures and feature networks.
+
+    >>> to_levels(np.array([0, 8, 16], np.uint8), 17, 256)
+    array([  0, 128, 255], dtype=uint8)
+    """
+    return images if have == want else np.round(images * ((want - 1) / (have - 1))).astype(np.uint8)
+
+
+def in_colour(pixels: np.ndarray) -> np.ndarray:
+    """Three channels, as the .npz of OpenAI's evaluator has them."""
+    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+
+
+def encode_png(pixels: np.ndarray, compress_level: int = 0) -> bytes:
+    """uint8 [H, W, C], C = 1 or 3 -> PNG; without compression it is 1.5 times larger and faster to read."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG", compress_level=0)
+    image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+    image.save(buffer, "PNG", compress_level=compress_level)
     return buffer.getvalue()

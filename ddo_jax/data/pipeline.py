@@ -28,14 +28,14 @@ class BatchSource:
         seed: int,
         *,
         flip: bool = False,
-        host: int = 0,
-        hosts: int = 1,
+        host: tuple[int, int] = (0, 1),
         with_index: bool = False,
     ):
+        index, hosts = host
         if batch % hosts:
             raise ValueError(f"batch {batch} is not divisible by {hosts} hosts")
         self._source, self._batch, self._seed = source, batch, seed
-        self._flip, self._rows = flip, slice(host * (batch // hosts), (host + 1) * (batch // hosts))
+        self._flip, self._rows = flip, slice(index * (batch // hosts), (index + 1) * (batch // hosts))
         self._with_index = with_index and not flip and not source.random_crop
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
 
@@ -77,22 +77,22 @@ def batches(
     *,
     start: int = 0,
     flip: bool = False,
-    host: int = 0,
-    hosts: int = 1,
+    host: tuple[int, int] = (0, 1),
     with_index: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless iterator over this host's part of the global batches start, start + 1, ...
 
     Args:
       source: a `sources.Source`; has `len`, `random_crop` and `read(indices) -> {"image", "label"}`.
-      batch: global batch size, divisible by `hosts`.
+      batch: global batch size, divisible by the number of hosts.
       seed: of the shuffle, the flips and the random crops.
       start: the resume position in batches; no replay.
       flip: unlabelled horizontal flips of half the images (the last but one axis is the width).
+      host: (which, of how many).
       with_index: adds "index", int64 [batch]: the examples of the GLOBAL batch, on every host. Absent where an
         example is not the same at every visit (flips, random crops): nothing may be remembered of it.
     """
-    records = BatchSource(source, batch, seed, flip=flip, host=host, hosts=hosts, with_index=with_index)
+    records = BatchSource(source, batch, seed, flip=flip, host=host, with_index=with_index)
     dataset = grain.MapDataset.source(records)[start:]
     # Grain's defaults (16 threads, 500 batches) cost memory and time on small machines.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

@@ -71,7 +71,7 @@ def _damaged(path: epath.Path, reason) -> UserError:
     return UserError(f"pool file {path} is missing or damaged ({reason}); {mend}")
 
 
-def _labels(path: epath.Path) -> np.ndarray:
+def read_labels(path: epath.Path) -> np.ndarray:
     """The labels of a chunk, without its images."""
     try:
         with path.open("rb") as f:
@@ -126,7 +126,7 @@ def open_pool(directory: epath.Path) -> ArraySource:
     if marker is None:
         raise UserError(f"{directory}: no finished pool ({MARKER} is missing)")
     chunks = _chunks(directory, marker)
-    labels = [_labels(path) for path, _ in chunks]  # first, for they tell the size of the pool
+    labels = [read_labels(path) for path, _ in chunks]  # first, for they tell the size of the pool
     ends = list(itertools.accumulate(map(len, labels)))
     images = None
     for (path, expected), own, end in zip(chunks, labels, ends, strict=True):

@@ -5,30 +5,22 @@ Prints a table and appends one line per set, with its whole protocol, to evals.j
 """
 
 import argparse
-import datetime
+import dataclasses
 import json
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from absl import logging
 
+from ddo_jax import cli
 from ddo_jax.errors import UserError
-from ddo_jax.sample import SAMPLER, Parser, add_sampler_flags, request
-
-RESIZE = {
-    "inception": "TF1 bilinear 299, (x - 128) / 128",
-    "dinov2": "bicubic antialiased 224, float",
-    "digits": "none",
-}
-NETWORK_LEVELS = {"digits": 17}  # grey levels that a network takes, if not 256
+from ddo_jax.generate import flags
 
 
-def parser() -> Parser:
-    p = Parser(prog="python -m ddo_jax.evaluate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def parser() -> cli.Parser:
+    raw = argparse.RawTextHelpFormatter
+    p = cli.Parser(prog="python -m ddo_jax.evaluate", description=__doc__, formatter_class=raw)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--images", metavar="DIR|ZIP|NPZ|POOL", help="images to score")
     what.add_argument("--checkpoint", metavar="WHAT", help="generate and score (as in ddo_jax.sample)")
@@ -45,7 +37,7 @@ def parser() -> Parser:
     p.add_argument(
         "--labels", default="balanced", help="balanced (by position), random (by seed), or classes, as in 3,5 or cat"
     )
-    add_sampler_flags(p)
+    flags.add_flags(p)
     p.add_argument(
         "--sweep", metavar="KEY=V1,V2", help="guidance=0,0.5,1 (or another sampler setting): a table and a picture"
     )
@@ -62,100 +54,69 @@ def parser() -> Parser:
     p.add_argument("--against", metavar="DIR|ZIP|NPZ|POOL", help="another set of as many images")
     p.add_argument("--split", default="train", help="of a --ref DATASET (default: train)")
     p.add_argument("--data_dir", metavar="DIR", help="of a --ref DATASET (default: $TFDS_DATA_DIR)")
-    p.add_argument("--distributed", action="store_true", help="several hosts, see launch/")
+    cli.add_distributed(p)
     return p
-
-
-class Job(NamedTuple):
-    """One set to score.
-
-    Attributes:
-      name: heads its column. num, shape, levels, num_classes: of the images. records: the images, once.
-      protocol: how they were made. lossy: see `image_sets.ImageSet`.
-    """
-
-    name: str
-    num: int
-    shape: tuple[int, ...]
-    levels: int
-    num_classes: int
-    records: Iterable[dict]
-    protocol: dict
-    lossy: Collection[str] = ()
 
 
 # ----------------------------------------------------------------------------------------------------
 # Where images come from
 
 
-def image_job(what: str, num: int | None, levels: int) -> Job:
+def of_files(what: str, num: int | None, levels: int):
     """A set of files."""
     from ddo_jax.evaluate import collect, image_sets
+    from ddo_jax.evaluate.evaluator import Images
 
-    images = image_sets.open_images(what, num, levels)
-    subset = {} if num is None else {"subset": f"{images.num} at random, seed 0"}
-    made = {"images": images.name, "seeds": None, "labels": "as stored", "quantised_to": "uint8 as stored", **subset}
-    return Job(
-        images.name,
-        images.num,
-        images.shape,
-        images.levels,
-        images.num_classes,
-        images.records(collect.CHUNK),
-        made,
-        images.lossy,
-    )
+    found = image_sets.open_images(what, num, levels)
+    made = {"images": found.name, "labels": "as stored", "quantised_to": "uint8 as stored"}
+    made |= {} if num is None else {"subset": f"{found.num} at random, seed 0"}
+    records = collect.rechunk(found.records(collect.CHUNK))
+    return Images(found.name, found.num, found.shape, found.levels, found.num_classes, records, made, found.lossy)
 
 
-def checkpoint_jobs(args) -> list[Job]:
-    """One job a seed range, or one a value of --sweep; the network is loaded once."""
-    from ddo_jax.run import sampling
+def of_checkpoint(args) -> list:
+    """One set a seed range, or one a value of --sweep; the network is loaded once."""
+    from ddo_jax.generate import request, seeds
 
     ranges = args.seeds or ["0-49999"]
-    seeds = [sampling.parse_seeds(text) for text in ranges]
-    if args.num and (short := [t for t, s in zip(ranges, seeds, strict=True) if len(s) < args.num]):
+    numbers = [seeds.parse_seeds(text) for text in ranges]
+    if args.num and (short := [t for t, s in zip(ranges, numbers, strict=True) if len(s) < args.num]):
         raise UserError(f"--num: {args.num}, but --seeds={short[0]} has fewer")
     if args.num:
-        seeds = [s[: args.num] for s in seeds]
-    ranges = [sampling.seeds_text(s) for s in seeds]
-    sampling.check_apart(seeds)
-    asked = request(args, seeds[0])
+        numbers = [s[: args.num] for s in numbers]
+    seeds.check_apart(numbers)
+    asked = flags.request(args, numbers[0])
     if args.sweep:
         key, _ = swept(args)
-        models = sampling.sweep(asked, *swept(args))
-        return [generated(asked, model, ranges[0], seeds[0], f"{key}={value:g}") for value, model in models]
-    model = sampling.open_generator(asked)
-    return [generated(asked, model, text, s, text) for text, s in zip(ranges, seeds, strict=True)]
+        models = request.sweep(asked, *swept(args))
+        return [generated(asked, model, numbers[0], f"{key}={value:g}") for value, model in models]
+    model = request.open_generator(asked)
+    return [generated(asked, model, s, seeds.seeds_text(s)) for s in numbers]
 
 
 def swept(args) -> tuple[str, list]:
     """(key, values) of --sweep."""
     from ddo_jax.evaluate import sweep
 
-    return sweep.parse(args.sweep, {"guidance": float} | {k: v for k, v in SAMPLER.items() if v in (int, float)})
+    return sweep.parse(args.sweep, {"guidance": float} | {k: v for k, v in flags.SAMPLER.items() if v in (int, float)})
 
 
-def generated(asked, model, text: str, seeds, name: str) -> Job:
-    """The images of a seed range (`text`) as a job."""
-    from ddo_jax.run import sampling
+def generated(asked, model, numbers: np.ndarray, name: str):
+    """The images of a list of seeds."""
+    from ddo_jax.evaluate import collect
+    from ddo_jax.evaluate.evaluator import Images
+    from ddo_jax.generate import request, seeds
 
-    def records(seeds, labels) -> Iterator[dict]:
-        at = 0
-        for record in model.sampler(model.params, model.frozen, seeds, labels):
-            ids = [f"{seed:06d}" for seed in seeds[at : at + len(record["image"])]]
-            at += len(ids)
-            yield record | {"id": ids}
-
-    family = model.family
+    spec = model.family.spec
     rules = {"balanced": "balanced by position", "random": f"random by seed ({asked.rng})"}
     made = model.protocol | {
-        "labels": rules.get(asked.labels, f"class {asked.labels}") if family.num_classes else "none",
-        "quantised_to": f"uint8, {family.levels} levels",
-        "seeds": text,
+        "labels": rules.get(asked.labels, f"class {asked.labels}") if spec.num_classes else "none",
+        "quantised_to": f"uint8, {spec.levels} levels",
+        "seeds": seeds.seeds_text(numbers),
     }
-    labels = sampling.labels_of(asked, seeds, family, model.classes)  # by its own positions, whatever the other ranges
-    shape = family.image_shape
-    return Job(name, len(seeds), shape, family.levels, family.num_classes, records(seeds, labels), made)
+    labels = request.labels_of(asked, numbers, model.family, model.classes)  # by its own positions
+    records = collect.rechunk(model.images(numbers, labels))
+    return Images(name, len(numbers), spec.image_shape, spec.levels, spec.num_classes, records, made)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -175,32 +136,31 @@ def check_keep(args) -> None:
         raise UserError(f"--keep: {args.keep} exists; take another name, or move it aside")
 
 
-def kept(job: Job, keep: str | None) -> Iterator[dict]:
-    """The records of a job, written on the way if `keep` says so."""
+def kept(images, keep: str | None):
+    """The set, its images written on the way if `keep` says so."""
     import jax
+    from etils import epath
 
-    from ddo_jax.evaluate import image_sets
+    from ddo_jax.generate import writers
 
     if keep is None or jax.process_index() > 0:
-        yield from job.records
-        return
-    path = Path(keep)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writer = (
-            image_sets.NpzWriter(path, job.num, job.shape) if path.suffix == ".npz" else image_sets.FolderWriter(path)
-        )
+        return images
+    path = epath.Path(keep)
+    if path.suffix == ".npz":
+        writer = writers.NpzWriter(path, images.num, images.shape)
+    else:
+        writer = writers.FolderWriter(lambda name: path / f"{name}.png")
+
+    def records():
         try:
-            for record in job.records:
-                pixels = image_sets.to_levels(record["image"], job.levels, 256)
-                writer.add(record, image_sets.in_colour(pixels) if path.suffix == ".npz" else pixels)
-                yield record
-        except BaseException:
-            writer.abort()
-            raise
-        writer.close()
-    except OSError as e:
-        raise UserError(f"--keep: {keep}: {e.strerror or e}; must name a folder or .npz that can be written") from None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield from writers.written(images.records, writer, images.levels)
+        except OSError as e:
+            raise UserError(
+                f"--keep: {keep}: {e.strerror or e}; must name a folder or .npz that can be written"
+            ) from None
+
+    return dataclasses.replace(images, records=records())
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -243,78 +203,19 @@ def load_networks(args, wanted: list[str]) -> dict:
     return networks
 
 
-def protocol(args, job: Job, wanted, collected, reference, networks, real) -> dict:
-    """How a number was made."""
-    from ddo_jax.evaluate import collect, image_sets
-    from ddo_jax.run import prepare
-
-    names = {collect.MAIN: args.network, collect.DINOV2: "dinov2"}
-    found = {
-        "n_samples": collected.num,
-        "content": collected.content,
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **job.protocol,
-        "class_balance": balance(job, collected.labels),
-        **image_sets.stored(job.name, job.shape, job.lossy, None if reference is None else reference.shape),
-        "reference": None,
-        "features": {names[o]: f"{n.name} {n.digest}" for o, n in networks.items()},
-        "resize": {names[o]: RESIZE[names[o]] for o in networks},
-        "scale": {names[o]: n.scale for o, n in networks.items()},
-        "feature_precision": "float32, highest; statistics float64",
-        "covariance": "1 / (N - 1)",
-        **prepare.versions(),
-    }
-    if reference is not None:
-        images = "?" if reference.num_images is None else reference.num_images
-        found["reference"] = f"{reference.name} {reference.digest} ({images} images)"
-    if "is" in wanted:
-        order = collect.is_order(collected.labels, collected.num)
-        shuffled = f"permuted, seed {collect.IS_SEED}: the images lie by class"
-        found["is"] = f"blocks of {collect.IS_BLOCK}, {'file order' if order is None else shuffled}, no bias"
-    if real is not None:
-        found["real"] = f"{len(real)} images of {reference.real.name}"
-    if "pr" in wanted:
-        found["pr"] = "k = 3, float64"
-    if "kid" in wanted:
-        found["kid"] = f"100 subsets of {min(collect.KID_SIZE, collected.num, len(real))}, seed 2020"
-    if "fid_inf" in wanted:
-        found["fid_inf"] = f"{collect.INF_POINTS} subsets of {collect.INF_LEAST} to {collected.num}, seed 0"
-    return found
-
-
-def balance(job: Job, labels) -> dict:
-    """Class balance of a set; a word on stderr if its labels are not balanced."""
-    from ddo_jax.core import metrics
-
-    if labels is None or job.num_classes < 2:
-        return {"verdict": "one class" if job.num_classes == 1 else "unknown"}
-    try:
-        found = metrics.class_balance(labels, job.num_classes)
-    except ValueError as e:
-        return {"verdict": f"unknown ({e})"}
-    low, high = int(found.counts.min()), int(found.counts.max())
-    if found.verdict == "unbalanced":
-        print(
-            f"warning: {job.name}: {low} to {high} images a class: not balanced; a distance to the whole set then "
-            "compares class frequencies, too",
-            file=sys.stderr,
-        )
-    return {"verdict": found.verdict, "sigmas": round(found.sigmas, 2), "least": low, "most": high}
-
-
-def run_pass(job: Job, keep, networks, wanted, levels: int):
-    """One job through the networks."""
+def run_pass(images, keep, evaluator, wanted):
+    """One set through the networks, with a bar."""
     from tqdm import tqdm
 
-    from ddo_jax.evaluate import collect, image_sets
+    whole = kept(images, keep)
 
     def records():
-        with tqdm(total=job.num, desc=job.name, unit=" images", disable=None) as bar:
-            for record in kept(job, keep):
+        with tqdm(total=images.num, desc=images.name, unit=" images", disable=None) as bar:
+            for record in whole.records:
                 bar.update(len(record["image"]))
-                yield record | {"image": image_sets.to_levels(record["image"], job.levels, levels)}
+                yield record
 
-    return collect.collect(networks, wanted, records(), job.num)
+    return evaluator.collect(dataclasses.replace(images, records=records()), wanted)
 
 
 def append(path: str, record: dict) -> None:
@@ -390,18 +291,43 @@ def check(args, wanted: list[str]) -> None:
     check_keep(args)
 
 
-def compare(args, collected, reference, networks, wanted, levels: int) -> tuple[dict, dict]:
-    """({name: value} of the interval, its protocol)."""
+def open_evaluator(args, wanted: list[str], shape: tuple[int, ...], networks: dict):
+    """The evaluator of the flags, for images of a shape."""
+    from ddo_jax.evaluate import collect, references
+    from ddo_jax.evaluate.evaluator import Evaluator, with_real_features
+
+    lengths, found = collect.probe(networks, wanted, shape), {}
+    if wanted != ["is"]:
+        found["ref"] = references.open_reference(args.ref, lengths, networks, args.split, args.data_dir)
+    return with_real_features(Evaluator(networks, found), wanted)
+
+
+def against(args, evaluator, collected) -> tuple[dict, dict]:
+    """({name: value} of the interval of --bootstrap, its protocol)."""
     from ddo_jax.evaluate import collect
 
-    other = image_job(args.against, args.num, levels)
-    against = run_pass(other, None, networks, [m for m in wanted if m == "bootstrap"], levels)
-    interval, paired = collect.compare(collected, against, reference, networks[collect.MAIN])
-    name = networks[collect.MAIN].named(collected.num)
+    other = of_files(args.against, args.num, evaluator.levels)
+    compared = run_pass(other, None, evaluator, ["bootstrap"])
+    network = evaluator.networks[collect.MAIN]
+    interval, paired = collect.compare(collected, compared, evaluator.references["ref"], network)
+    name = network.named(collected.num)
     parts = ("difference", "std", "low", "high")
     values = {f"{name}_{part}": getattr(interval, part) for part in parts}
     how = "paired by name" if paired else "independent"
-    return values, {"against": f"{other.name} {against.content}", "bootstrap": f"2000 resamples, 95 %, {how}, seed 0"}
+    about = {"against": f"{other.name} {compared.content}", "bootstrap": f"2000 resamples, 95 %, {how}, seed 0"}
+    return values, about
+
+
+def score(args, evaluator, images, wanted: list[str]):
+    """The evaluation of one set, with the interval of --bootstrap where it is asked for."""
+    collected = run_pass(images, args.keep, evaluator, wanted)
+    found = evaluator.of_collected(images, [metric for metric in wanted if metric != "bootstrap"], collected)
+    found = dataclasses.replace(found, phase=args.checkpoint or args.images)
+    if not args.bootstrap:
+        return found
+    values, about = against(args, evaluator, collected)
+    protocol = dataclasses.replace(found.protocol, metrics={**(found.protocol.metrics or {}), **about})
+    return dataclasses.replace(found, values=found.values | values, protocol=protocol)
 
 
 def evaluate(args) -> None:
@@ -412,41 +338,30 @@ def evaluate(args) -> None:
     """
     import jax
 
-    from ddo_jax.evaluate import collect, references
+    from ddo_jax.evaluate import collect
+    from ddo_jax.evaluate.records import FULL
 
     wanted = parse_metrics(args.metrics, args.bootstrap)
     check(args, wanted)
     networks = load_networks(args, wanted)
-    levels = NETWORK_LEVELS.get(args.network, 256)
-    jobs = checkpoint_jobs(args) if args.checkpoint else [image_job(args.images, args.num, levels)]
-    for job in jobs:
-        collect.check(wanted, job.num)
-    lengths = collect.probe(networks, wanted, jobs[0].shape)
-    reference = real = None
-    if wanted != ["is"]:
-        reference = references.open_reference(args.ref, lengths, networks, levels, args.split, args.data_dir)
-    if {"pr", "kid"} & set(wanted):
-        real = collect.features_of(networks[collect.MAIN], reference.real, levels)
+    levels = next(iter(networks.values())).levels
+    sets = of_checkpoint(args) if args.checkpoint else [of_files(args.images, args.num, levels)]
+    for images in sets:
+        collect.check(wanted, images.num)
+    evaluator = open_evaluator(args, wanted, sets[0].shape, networks)
     columns, records = {}, []
-    for job in jobs:
-        if job.num < collect.FULL:
-            print(f"note: {job.name}: {job.num} images: compare only with the same number", file=sys.stderr)
-        collected = run_pass(job, args.keep, networks, wanted, levels)
-        plain = [metric for metric in wanted if metric != "bootstrap"]
-        values = collect.compute(plain, collected, reference, networks, real)
-        made = protocol(args, job, wanted, collected, reference, networks, real)
-        if args.bootstrap:
-            interval, how = compare(args, collected, reference, networks, wanted, levels)
-            values, made = values | interval, made | how
-        columns[job.name] = values
-        what = args.checkpoint or args.images
-        records.append({"what": what, "metric": next(iter(values)), **values, "protocol": made})
+    for images in sets:
+        if images.num < FULL:
+            print(f"note: {images.name}: {images.num} images: compare only with the same number", file=sys.stderr)
+        found = score(args, evaluator, images, wanted)
+        columns[images.name] = found.values
+        records.append(found.record())
         if jax.process_index() == 0:
             records = record(args.out, records)
     if jax.process_index() == 0:
-        against = f"against {reference.name} {reference.digest}, " if reference else ""
+        reference = "".join(f"against {r.name} {r.digest}, " for r in evaluator.references.values())
         nets = ", ".join(f"{n.name} {n.digest}" for n in networks.values())
-        print(f"{args.checkpoint or args.images}: {jobs[0].num} images a set, {against}{nets}")
+        print(f"{args.checkpoint or args.images}: {sets[0].num} images a set, {reference}{nets}")
         print(trade_off(args, columns) if args.sweep else table(columns))
         for left in records:  # the numbers stand above, whatever becomes of the file
             append(args.out, left)
@@ -469,21 +384,15 @@ def trade_off(args, columns: dict) -> str:
     return f"* best of its column; picture: {path}"
 
 
+def run(args) -> None:
+    from ddo_jax import compilation
+
+    with compilation.cache():
+        evaluate(args)
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    logging.set_verbosity(logging.ERROR)
-    if args.distributed:
-        import jax
-
-        jax.distributed.initialize()
-    from ddo_jax.run import compilation
-
-    try:
-        with compilation.cache():
-            evaluate(args)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    cli.main(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,17 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from ddo_jax.core import frechet, metrics
+from ddo_jax.core.stats import frechet, metrics
+from ddo_jax.data.images import to_levels
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate.features import FeatureNet
-from ddo_jax.evaluate.image_sets import ImageSet, to_levels
+from ddo_jax.evaluate.image_sets import ImageSet
+from ddo_jax.evaluate.records import named
 
 CHUNK = 256  # images that go through a network at a time
-ROWS = 1024  # features merged into the moments at a time
+ROWS = 1024  # features of a subset that are merged at a time
 REAL_IMAGES = 10_000  # of the reference, for pr and kid
 IS_BLOCK, IS_SEED = 5000, 0
-FULL = 50_000  # images; fewer are never called "fid"
 KID_SIZE = 1000
 INF_POINTS, INF_LEAST = 15, 5000  # subsets of fid_inf: how many, smallest
 
@@ -64,23 +65,14 @@ class Accumulator:
     """Mean and covariance of features that come in batches of any size."""
 
     def __init__(self):
-        self._held, self._n, self._moments = [], 0, None
+        self._moments = None
 
     def add(self, rows: np.ndarray) -> None:
-        self._held.append(rows)
-        self._n += len(rows)
-        if self._n >= ROWS:
-            self._merge()
-
-    def _merge(self) -> None:
-        part = frechet.moments_of(np.concatenate(self._held))
+        part = frechet.moments_of(rows)
         self._moments = part if self._moments is None else frechet.merge(self._moments, part)
-        self._held, self._n = [], 0
 
     def finalize(self) -> tuple[np.ndarray, np.ndarray]:
         """(mu, sigma) of everything added."""
-        if self._n:
-            self._merge()
         return frechet.finalize(self._moments)
 
 
@@ -91,7 +83,8 @@ class Collected:
     Attributes:
       num: images. content: CRC-32 of their pixels.
       moments: {metric of FRECHET: (mu, sigma)}. kept: {(network, vector): float32 [N, D]}.
-      labels: int32 [N] or None. ids: their names.
+      labels: int32 [N] or None. ids: their names. accuracy: share of images that the main network puts into their own
+        class; None where it is no classifier, or nobody knows the classes.
     """
 
     num: int
@@ -100,6 +93,7 @@ class Collected:
     kept: dict[tuple[str, str], np.ndarray]
     labels: np.ndarray | None
     ids: list[str]
+    accuracy: float | None = None
 
 
 def networks_of(wanted: Iterable[str]) -> set[str]:
@@ -152,7 +146,8 @@ def collect(networks: dict[str, FeatureNet], wanted: Iterable[str], records: Ite
 
     Args:
       networks: {MAIN: ..., DINOV2: ...}, those that are needed. wanted: metrics, and "bootstrap".
-      records: {"image": uint8 [n, H, W, C], "id", "label" where known}, of any size. num: images in all, at most.
+      records: {"image": uint8 [n, H, W, C], "label" and "id" where known}; each goes through the networks and into the
+        moments as it comes (see `rechunk`). num: images in all, at most.
 
     Raises:
       UserError: fewer than 2 images.
@@ -162,8 +157,8 @@ def collect(networks: dict[str, FeatureNet], wanted: Iterable[str], records: Ite
     if "bootstrap" in wanted:
         sums.setdefault("fid", Accumulator())
     kept = {KEPT[metric]: _Kept(num) for metric in wanted if metric in KEPT}
-    labels, ids, crc = [], [], 0
-    for record in rechunk(records):
+    labels, ids, crc, right, n = [], [], 0, None, 0
+    for record in records:
         images = np.ascontiguousarray(record["image"])
         crc = zlib.crc32(images, crc)
         vectors = {name: network.apply(images) for name, network in networks.items()}
@@ -172,42 +167,35 @@ def collect(networks: dict[str, FeatureNet], wanted: Iterable[str], records: Ite
             moments.add(vectors[owner][vector])
         for (owner, vector), rows in kept.items():
             rows.add(vectors[owner][vector])
-        ids.extend(record["id"])
+        n += len(images)
+        ids.extend(record.get("id", ()))
         if "label" in record:
             labels.append(record["label"])
-    if len(ids) < 2:
-        raise UserError(f"{len(ids)} images: a score needs at least 2")
+            if (logits := vectors.get(MAIN, {}).get("class_logits")) is not None:
+                right = (right or 0) + int(np.sum(np.argmax(logits, 1) == record["label"]))
+    if n < 2:
+        raise UserError(f"{n} images: a score needs at least 2")
     return Collected(
-        len(ids),
+        n,
         f"{crc:08x}",
         {metric: moments.finalize() for metric, moments in sums.items()},
         {key: rows.rows() for key, rows in kept.items()},
         np.concatenate(labels) if labels else None,
         ids,
+        None if right is None else right / n,
     )
 
 
-def features_of(network: FeatureNet, images: ImageSet, levels: int) -> np.ndarray:
+def features_of(network: FeatureNet, images: ImageSet) -> np.ndarray:
     """Features of a set, float32 [N, D]."""
     kept = _Kept(images.num)
     for record in images.records(CHUNK):
-        kept.add(network.apply(to_levels(record["image"], images.levels, levels))["features"])
+        kept.add(network.apply(to_levels(record["image"], images.levels, network.levels))["features"])
     return kept.rows()
 
 
 # ----------------------------------------------------------------------------------------------------
 # Metrics
-
-
-def named(name: str, num: int) -> str:
-    """A metric's name for `num` images: what depends on their number says it below 50,000.
-
-    >>> named("fid", 5000), named("is", 50_000), named("fd_dinov2", 10_000)
-    ('fid5k', 'is', 'fd_dinov2_10k')
-    """
-    if num >= FULL:
-        return name
-    return f"{name}{'_' if name[-1].isdigit() else ''}{num / 1000:g}k"
 
 
 def check(wanted: Iterable[str], num: int) -> None:
@@ -257,23 +245,28 @@ def fid_infinity(features: np.ndarray, distance: Callable, points: int = INF_POI
 
 
 def compute(
-    wanted: Iterable[str], collected: Collected, reference, networks: dict[str, FeatureNet], real=None
+    wanted: Iterable[str], collected: Collected, references: dict, networks: dict[str, FeatureNet], real=None
 ) -> dict[str, float]:
     """The values of metrics, named for the number of images.
 
     Args:
-      wanted: of METRICS. collected: of `collect`. reference: `references.Reference`, None if only "is" is wanted.
+      wanted: of METRICS. collected: of `collect`. references: {name: `references.Reference`}; {} for "is" alone.
+        Distances to others than the first have "_NAME" behind their own name.
       real: features of real images [M, D], for pr and kid.
 
     Returns:
-      {"fid5k": ...}; of is, pr and kid several values, as the spread over blocks or subsets.
+      {"fid5k": ...}; of is, pr and kid several values, as the spread over blocks or subsets; "accuracy", where there is
+      one.
     """
     out, num = {}, collected.num
+    first = next(iter(references.values()), None)
     for metric in wanted:
         if metric in FRECHET:
             network = networks[FRECHET[metric][0]]
             name = network.named(num) if metric == "fid" else named(metric, num)
-            out[name] = network.scale * _distance(reference, metric, collected.moments[metric])
+            for i, (other, reference) in enumerate(references.items()):
+                distance = _distance(reference, metric, collected.moments[metric])
+                out[f"{name}_{other}" if i else name] = network.scale * distance
         elif metric == "is":
             out |= _inception_score(collected)
         elif metric == "pr":
@@ -285,9 +278,9 @@ def compute(
             found = metrics.kid(real, collected.kept[MAIN, "features"], size=size)
             out |= {"kid": found.mean, "kid_std": found.std}
         else:
-            found = fid_infinity(collected.kept[MAIN, "features"], functools.partial(_distance, reference, "fid"))
+            found = fid_infinity(collected.kept[MAIN, "features"], functools.partial(_distance, first, "fid"))
             out |= {name: networks[MAIN].scale * value for name, value in found.items()}
-    return out
+    return out | ({} if collected.accuracy is None else {"accuracy": collected.accuracy})
 
 
 def compare(a: Collected, b: Collected, reference, network: FeatureNet) -> tuple[metrics.Interval, bool]:

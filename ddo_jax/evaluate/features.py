@@ -18,6 +18,7 @@ from ddo_jax import convert, files, npz, sharding
 from ddo_jax.convert import names
 from ddo_jax.convert.inert import UnsafeOrDamaged
 from ddo_jax.errors import UserError
+from ddo_jax.evaluate.records import named
 
 Vectors = dict[str, np.ndarray]
 
@@ -31,6 +32,8 @@ class FeatureNet:
       metric: name of the Fréchet distance in its features. scale: factor it is reported with.
       apply: uint8 [N, H, W, C] -> float32 NumPy: "features" [N, D]; where the network has them "class_logits"
         [N, K] (of the data's own classes), "logits" [N, 1008] (of the Inception Score), "spatial" [N, 2023].
+      kind: of NETWORKS. levels: grey levels that it takes. resize: what it does to images, in words.
+      fitted: trained here, small: nothing that it says is worth keeping for another run.
     """
 
     name: str
@@ -38,16 +41,19 @@ class FeatureNet:
     metric: str
     scale: float
     apply: Callable[[np.ndarray], Vectors]
+    kind: str = "main"
+    levels: int = 256
+    resize: str = "none"
+    fitted: bool = False
+
+    @property
+    def chunk(self) -> int:
+        """Images that are put through at a time where they are read from a set."""
+        return 4096 if self.fitted else 256
 
     def named(self, num: int) -> str:
-        """The metric's name for `num` images: fewer than 50,000 are never called "fid".
-
-        >>> FeatureNet("", "", "fid", 1.0, dict).named(5000), FeatureNet("", "", "fid", 1.0, dict).named(50_000)
-        ('fid5k', 'fid')
-        """
-        if num >= 50_000 or self.metric not in ("fid", "fd_dinov2"):
-            return self.metric
-        return f"{self.metric}{'_' if self.metric[-1].isdigit() else ''}{num / 1000:g}k"
+        """The metric's name for `num` images (`records.named`)."""
+        return named(self.metric, num)
 
 
 def batched(program: Callable, batch: int) -> Callable[[np.ndarray], Vectors]:
@@ -73,12 +79,17 @@ def _rgb(images: np.ndarray) -> np.ndarray:
     return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
-def _grey(images: np.ndarray) -> np.ndarray:
+def _grey(images: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """One channel of grey images that a file holds in three, as the .npz for OpenAI's evaluator does.
 
     Raises:
-      UserError: colours.
+      UserError: colours, or another size than `shape`.
     """
+    if images.shape[1:3] != shape[:2] or images.shape[3] not in (1, 3):
+        sizes = ["x".join(map(str, s)) for s in (shape, images.shape[1:])]
+        raise UserError(
+            f"digits classifier, 32 features: takes images of {sizes[0]}, and these have {sizes[1]}; set --network"
+        )
     if images.shape[-1] != 3:
         return images
     if not (images == images[..., :1]).all():
@@ -118,7 +129,8 @@ def _inception(weights: str | None) -> FeatureNet:
 
     # XLA's CPU backend is twice as fast on small batches (benchmarks/metrics.py: 13 against 7 images/s), and smaller
     apply = batched(jax.jit(program), batch=8 if jax.default_backend() == "cpu" else 64)
-    return FeatureNet("FID-Inception, pool3", digest, "fid", 1.0, lambda images: apply(_rgb(images)))
+    about = dict(kind="inception", resize="TF1 bilinear 299, (x - 128) / 128")
+    return FeatureNet("FID-Inception, pool3", digest, "fid", 1.0, lambda images: apply(_rgb(images)), **about)
 
 
 def _dinov2(weights: str | None) -> FeatureNet:
@@ -128,7 +140,8 @@ def _dinov2(weights: str | None) -> FeatureNet:
     module, variables = _converted(released)
     variables = jax.device_put(variables)
     apply = batched(jax.jit(lambda images: {"features": dinov2.features(module, variables, images)}), batch=32)
-    return FeatureNet("DINOv2 ViT, class token", digest, "fd_dinov2", 1.0, lambda images: apply(_rgb(images)))
+    about = dict(kind="dinov2", resize="bicubic antialiased 224, float")
+    return FeatureNet("DINOv2 ViT, class token", digest, "fd_dinov2", 1.0, lambda images: apply(_rgb(images)), **about)
 
 
 def _fitted(train, path: epath.Path, expected: str | None):
@@ -173,10 +186,11 @@ def _digits(train, cache: epath.Path, expected: str | None) -> FeatureNet:
     layers = _fitted(train, epath.Path(cache) / "features-digits.npz", expected)
 
     def apply(images):
-        features, logits = digits.features_and_logits(layers, _grey(images))
+        features, logits = digits.features_and_logits(layers, _grey(images, train.image_shape))
         return {"features": np.asarray(features), "class_logits": np.asarray(logits)}
 
-    return FeatureNet("digits classifier, 32 features", digits.Classifier(layers).digest, "fd_x100", 100.0, apply)
+    digest, about = digits.Classifier(layers).digest, dict(kind="digits", levels=17, fitted=True)
+    return FeatureNet("digits classifier, 32 features", digest, "fd_x100", 100.0, apply, **about)
 
 
 RELEASED = {"inception": _inception, "dinov2": _dinov2}

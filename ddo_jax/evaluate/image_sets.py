@@ -1,16 +1,13 @@
-"""Sets of images, read as streams: a folder, a zip, an .npz (arr_0), a pool, a dataset; and written."""
+"""Sets of images, read as streams: a folder, a zip, an .npz (arr_0), a pool, a dataset."""
 
 import dataclasses
 import math
-import os
 import sys
-import uuid
 import zipfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
-from etils import epath
 
 from ddo_jax import files, npz
 from ddo_jax.data import archives, images, pool, sources, tree
@@ -199,7 +196,7 @@ def of_pool(directory: Path, num: int | None = None, levels: int = 256) -> Image
         )
     counts, classes = [], 0
     for path in paths:
-        labels = _npz_labels(path)
+        labels = pool.read_labels(path)
         counts.append(len(labels))
         classes = max(classes, int(labels.max(initial=0)) + 1)
     starts = np.cumsum([0, *counts])
@@ -216,14 +213,6 @@ def of_pool(directory: Path, num: int | None = None, levels: int = 256) -> Image
                 yield {"image": pixels[part], "label": labels[part], "id": [_id(None, start + j) for j in part]}
 
     return ImageSet(f"pool:{directory.name}", len(indices), first.shape[1:], levels, classes, read)
-
-
-def _npz_labels(path: epath.Path) -> np.ndarray:
-    try:
-        with path.open("rb") as f:
-            return npz.read(f, ["labels"])["labels"]
-    except (npz.Damaged, OSError) as e:
-        raise UserError(f"pool file {path} is damaged ({e})") from None
 
 
 def is_npz(path: Path) -> bool:
@@ -275,67 +264,3 @@ def stored(name: str, shape: tuple[int, ...], lossy: Collection[str], reference:
         text = f"note: {name}: {found['files']}: compression changes distances; keep samples as PNG or .npz"
         print(text, file=sys.stderr)
     return found
-
-
-def in_colour(pixels: np.ndarray) -> np.ndarray:
-    """Three channels, as the .npz of OpenAI's evaluator has them."""
-    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
-
-
-def to_levels(images: np.ndarray, have: int, want: int) -> np.ndarray:
-    """Grey levels 0..have-1 spread over 0..want-1."""
-    return images if have == want else np.round(images * ((want - 1) / (have - 1))).astype(np.uint8)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Written
-
-
-class NpzWriter:
-    """arr_0 uint8 [N, H, W, 3], labels, seeds: streamed into an uncompressed .npz that appears when it is whole."""
-
-    def __init__(self, path: Path, num: int, shape: tuple[int, ...]):
-        self._path, self._temporary = path, path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        self._zip, self._labels, self._ids = zipfile.ZipFile(self._temporary, "w"), [], []
-        self._member = self._zip.open("arr_0.npy", "w", force_zip64=True)
-        header = {"descr": "|u1", "fortran_order": False, "shape": (num, *shape[:2], 3)}
-        np.lib.format.write_array_header_1_0(self._member, header)
-
-    def add(self, record: dict, pixels: np.ndarray) -> None:
-        self._member.write(np.ascontiguousarray(pixels).tobytes())
-        self._ids.extend(record["id"])
-        if "label" in record:
-            self._labels.extend(record["label"].tolist())
-
-    def close(self) -> None:
-        self._member.close()
-        numbers = all(i.isdigit() for i in self._ids)
-        extra = {"labels": np.array(self._labels, np.int64)} if self._labels else {}
-        extra |= {"seeds": np.array([int(i) for i in self._ids])} if numbers else {}
-        for name, array in extra.items():
-            with self._zip.open(f"{name}.npy", "w") as member:
-                np.lib.format.write_array(member, array)
-        self._zip.close()
-        os.replace(self._temporary, self._path)
-
-    def abort(self) -> None:
-        self._member.close()
-        self._zip.close()
-        self._temporary.unlink(missing_ok=True)
-
-
-class FolderWriter:
-    """One PNG a seed, as `ddo_jax.sample` writes them."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, record: dict, pixels: np.ndarray) -> None:
-        for name, image in zip(record["id"], pixels, strict=True):
-            files.write_bytes(self._folder / f"{name}.png", images.encode_png(image))
-
-    def close(self) -> None:
-        pass
-
-    abort = close

@@ -22,9 +22,10 @@ from ddo_jax import files, npz
 from ddo_jax.convert import names, pickles
 from ddo_jax.convert.inert import UnsafeOrDamaged
 from ddo_jax.data import sources
+from ddo_jax.data.images import to_levels
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate import collect, image_sets
-from ddo_jax.evaluate.collect import FRECHET, MAIN, REAL_IMAGES
+from ddo_jax.evaluate.collect import FRECHET, REAL_IMAGES
 from ddo_jax.evaluate.features import FeatureNet
 
 NPZ_KEYS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s"), "fd_dinov2": ("mu_dinov2", "sigma_dinov2")}
@@ -57,6 +58,11 @@ class Reference:
     num_images: int | None
     real: image_sets.ImageSet | None
     shape: tuple[int, ...] | None = None
+
+    @property
+    def about(self) -> str:
+        """For protocols."""
+        return f"{self.name} {self.digest} ({'?' if self.num_images is None else self.num_images} images)"
 
 
 def gaussian(mu, sigma, length: int, where: str, network: str) -> Gaussian:
@@ -209,26 +215,28 @@ def cache_dir() -> Path:
     return files.cache_dir("statistics")
 
 
-def statistics(images: image_sets.ImageSet, network: FeatureNet, owner: str, levels: int) -> dict:
-    """{metric: (mu, sigma)} of a set of real images by one network, computed in one pass or taken from the cache.
+def statistics(images: image_sets.ImageSet, network: FeatureNet, owner: str) -> dict:
+    """{metric: (mu, sigma)} of a set of real images by one network: computed in one pass, or taken from the cache.
 
     Args:
-      owner: MAIN or DINOV2. levels: grey levels that the network takes.
+      owner: MAIN or DINOV2. Of networks that are fitted here nothing is kept: the next run has another one.
     """
-    path = cache_dir() / f"{images.content}-{network.digest}-{owner}-{levels}.npz"
-    if os.path.isfile(path):  # False, too, in a folder that may not be looked into
+    path = cache_dir() / f"{images.content}-{network.digest}-{owner}-{network.levels}.npz"
+    if not network.fitted and os.path.isfile(path):  # False, too, in a folder that may not be looked into
         try:
             return _read_npz(path)[0]
         except UserError:  # a torn copy of a cache: made again
             pass
     vectors = network.apply(np.zeros((1, *images.shape), np.uint8))
     metrics = [m for m, (name, vector) in FRECHET.items() if name == owner and vector in vectors]
-    records = (r | {"image": image_sets.to_levels(r["image"], images.levels, levels)} for r in images.records(256))
+    records = images.records(network.chunk)
+    records = (r | {"image": to_levels(r["image"], images.levels, network.levels)} for r in records)
     found = collect.collect({owner: network}, metrics, records, images.num).moments
-    buffer = io.BytesIO()
-    arrays = {key: x for m in metrics for key, x in zip(NPZ_KEYS[m], found[m], strict=True)}
-    np.savez(buffer, num_images=np.int64(images.num), **arrays)
-    files.keep(path, buffer.getvalue(), "statistics")
+    if not network.fitted:
+        buffer = io.BytesIO()
+        arrays = {key: x for m in metrics for key, x in zip(NPZ_KEYS[m], found[m], strict=True)}
+        np.savez(buffer, num_images=np.int64(images.num), **arrays)
+        files.keep(path, buffer.getvalue(), "statistics")
     return found
 
 
@@ -252,21 +260,15 @@ def open_dataset(name: str, split: str, directory: str | None):
     return functools.partial(image_sets.of_source, source, levels=LEVELS.get(name, 256))
 
 
-def of_dataset(
-    name: str,
-    lengths: dict[str, int],
-    networks: dict[str, FeatureNet],
-    levels: int,
-    split: str = "train",
-    directory: str | None = None,
-) -> Reference:
-    """Reference statistics of a dataset; see `load_file` for the arguments."""
-    opened = open_dataset(name, split, directory)
+def of_images(opened, lengths: dict[str, int], networks: dict[str, FeatureNet]) -> Reference:
+    """Statistics of a set of real images.
+
+    Args:
+      opened: limit or None -> ImageSet, of all images or so many. lengths, networks: see `load_file`.
+    """
     images, found = opened(None), {}
-    owners = {FRECHET[metric][0] for metric in needed(lengths)}
-    for owner in sorted(owners):
-        wants = levels if owner == MAIN else 256
-        found |= statistics(images, networks[owner], owner, wants)
+    for owner in sorted({FRECHET[metric][0] for metric in needed(lengths)}):
+        found |= statistics(images, networks[owner], owner)
     real = opened(REAL_IMAGES) if {"pr", "kid"} & set(lengths) else None
     gaussians = _gaussians(found, lengths, networks, images.name)
     return Reference(images.name, images.content, gaussians, images.num, real, images.shape)
@@ -276,7 +278,6 @@ def open_reference(
     what: str,
     lengths: dict[str, int],
     networks: dict[str, FeatureNet],
-    levels: int = 256,
     split: str = "train",
     directory: str | None = None,
 ) -> Reference:
@@ -284,8 +285,7 @@ def open_reference(
 
     Args:
       what: FILE, known name or DATASET, see the top of this module. lengths: {metric: feature length}, of those wanted.
-      networks: {MAIN, DINOV2: network}. levels: grey levels that the main network takes.
-      split, directory: of a dataset (`sources.open_source`).
+      networks: {MAIN, DINOV2: network}. split, directory: of a dataset (`sources.open_source`).
 
     Raises:
       UserError: nothing usable there.
@@ -300,4 +300,4 @@ def open_reference(
             return load_file(path, lengths, networks)
     except OSError as e:
         raise UserError(f"--ref: {what}: {e.strerror or e}") from None
-    return of_dataset(what, lengths, networks, levels, split, directory)
+    return of_images(open_dataset(what, split, directory), lengths, networks)

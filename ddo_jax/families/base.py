@@ -1,17 +1,22 @@
-"""The one seam of the project: a family is a frozen record of pure functions.
+"""The one seam of the project: a family is an object of pure functions, frozen and hashable.
 
-Everything above it (fine-tuning, self-play, sampling, evaluation) never asks which family it has.
-B is the batch, K = num_classes. Labels are int32 class ids; id == K means "no label".
+Everything above it (fine-tuning, self-play, sampling, evaluation) never asks which family it has. A subclass of
+`Family` writes the abstract methods and overrides those defaults that are not its own; tests/families/toy.py is one in
+40 lines, tests/families/test_contract.py is what all of them must keep. B is the batch, K = num_classes. Labels are
+int32 class ids; id == K means "no label".
 """
 
+import abc
 import dataclasses
-from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddo_jax.convert import safetensors
+from ddo_jax.core import ddo
 from ddo_jax.errors import UserError
 
 PyTree = Any
@@ -38,17 +43,18 @@ VAR_SAMPLER = dict(
     top_p=0.0,  # keep the likeliest of this total probability; 0: all. Never of the fakes
     more_smooth=False,  # soft codes: for pictures to look at, never for FID
 )
+SAMPLER = DIFFUSION_SAMPLER | VAR_SAMPLER
 
 
-def own_settings(sampler, own: dict, foreign: dict) -> dict:
-    """The values of `own` keys of config.sampler.
+def own_settings(sampler, own) -> dict:
+    """The values of the keys `own` of config.sampler, as far as they are given.
 
     Raises:
-      UserError: a `foreign` key is set, which this family's sampler would ignore.
+      UserError: another key is set to what is not its default: this family's sampler would ignore it.
     """
     given = dict(sampler)
-    for key, default in foreign.items():
-        if given.get(key, default) != default:
+    for key in given.keys() - set(own):
+        if given[key] != SAMPLER.get(key):
             raise UserError(
                 f"config.sampler.{key}: {given[key]!r}; this model's sampler has no such setting, but {', '.join(own)}"
             )
@@ -56,91 +62,227 @@ def own_settings(sampler, own: dict, foreign: dict) -> dict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
-    """What self-play needs to know of a likelihood-based generator.
+class Records:
+    """What record["image"] may be: "pixels" (uint8), "latents" (float32) or "tokens" (int32), of a shape without B."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype({"pixels": np.uint8, "latents": np.float32, "tokens": np.int32}[self.kind])
+
+    @property
+    def nbytes(self) -> int:
+        """Of one record."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """How samples can be guided: "network" (by a second one), "own" (by a setting of the sampler) or "none".
 
     Attributes:
-      name: "edm", ...
-      num_classes: K, 0 for unconditional models.
-      image_shape: (H, W, C) of a decoded image.
+      neutral: the strength that changes nothing. setting: of "own", its key in config.sampler. rule: in words.
+    """
+
+    kind: str = "none"
+    neutral: float = 1.0
+    setting: str = ""
+    rule: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The facts about a family.
+
+    Attributes:
+      name: as in config.family. num_classes: K, 0 for unconditional models. image_shape: (H, W, C), decoded.
       levels: grey levels of decoded images.
-      record_shapes: shapes of record["image"] that `encode` takes, without the batch: pixels, raw latents, tokens.
-      objectives: of a round's training: "ddo", "mle", and "cca" (wrong labels for fakes) where the family has it.
-      compiler_options: of programs whose scores are compared, for `jax.jit`: in half precision XLA may otherwise keep
-        more digits in one program than in another, and r is not 0 at the reference.
-      own_guidance: its sampler guides itself, by a setting (VAR's cfg), and takes no second network.
-      nfe: network evaluations of one sample under settings: settings -> int.
-      passes: what a sample costs in forward passes of `score`, for estimates: settings -> int.
-      init: key -> (params, frozen). frozen: the network's buffers: no gradient, optimizer or EMA.
-      companions: () -> the rest of frozen: weights of other files that the config names (autoencoder, tokenizer).
-      companion_shapes: () -> their shapes as far as training needs them, without the files.
-      encode: (frozen, record, key) -> examples. record = {"image": uint8 (or float32 latents, int32 tokens) [B,...],
-        "label": int32 [B]}; key: what is random in it (a posterior sample).
-      augment: (examples, key) -> examples: random transforms of an MLE phase, the network being told; never DDO.
-      decode: (frozen, examples) -> uint8 images [B,H,W,C], quantised like the data.
-      store: (frozen, examples) -> the record kept in a pool (latents stay latents); `encode` reads it back.
-      draw: (key, n, noise) -> draws, shared by target and reference, real and fake row i.
-        noise = (P_mean, P_std), traced, for diffusion; tokens: whose label is dropped.
-      version: None: every draw asks the reference anew, at the same noise as the target, inside the step. Or draws ->
-        int32 [B] in {0, 1}: which of the two scores an example can have; then encoded examples are exact, the
-        reference is asked outside the step, and what it said is kept.
-      score: (params, frozen, examples, draws) -> s. Deterministic: dropout and augmentation off.
-      ratio: (s, s_ref, examples, draws) -> r [B] float32 = log p_theta - log p_ref.
-      nll: (s, examples, draws) -> -log p_theta [B], up to a constant: the divergence alarm while DDO runs.
-      pair_loss: (objective, r [B,2], logp_real [B], labels [B,2], draws, alpha, beta) -> (loss, stats of
-        `ddo.ddo_loss`); column 0 is real, 1 fake. logp_real = -nll, for losses that train some rows by MLE.
-      mle_loss: (params, frozen, examples, draws, key) -> loss [B]; pretraining and control: as nll (or nll a token),
-        but with dropout and augmentation as configured, drawn from key.
-      decays: params -> tree of bools: what weight decay acts on.
-      project: (params, objective) -> params: EDM2's forced weight normalisation, else the identity. objective
-        "mle" or "ddo": only what it executes is projected. Never differentiated.
-      latents: keys [B] -> the sampler's starting noise, one independent stream per image.
-      guide: (params, frozen, labels) -> this network as the guide of another one, for `sample`.
-      sample: (nets, frozen, labels, latents, noise, settings) -> examples. nets = (params, None) or (params,
-        (guide, weight)), the weight traced; with own guidance (params, (None, weight)) where it is not the settings'.
-        noise: one key an image [B], or the sampler's own normals [steps, B, ...] made elsewhere.
-      settings: sampler config (mapping) -> hashable settings of `sample`.
-      fake_settings: settings -> those of a round's fakes: the reference as it is, without guidance or filters.
-      imported: released -> (params, frozen): a released checkpoint of this architecture.
-      export: (params, frozen) -> ({name: array}, metadata): the weights under their released names.
+      data: what the data may hold, pixels first, what training reads fastest last. stored: what a pool keeps.
+      guidance: see there. exact: its scores are likelihoods without noise: what the reference said of an example is
+        kept, and asked outside the step (see `Family.version`).
+      config_keys: dotted keys of the config that it reads beside config.model and those that every run has; a key that
+        only some families have, and this one does not claim, is refused.
     """
 
     name: str
     num_classes: int
     image_shape: tuple[int, int, int]
     levels: int
-    record_shapes: tuple
-    objectives: tuple[str, ...]
-    compiler_options: dict
-    own_guidance: bool
-    nfe: Callable[[Any], int]
-    passes: Callable[[Any], int]
-    init: Callable[[jax.Array], tuple[PyTree, PyTree]]
-    companions: Callable[[], dict]
-    companion_shapes: Callable[[], dict]
-    encode: Callable[[PyTree, PyTree, jax.Array], Examples]
-    augment: Callable[[Examples, jax.Array], Examples]
-    decode: Callable[[PyTree, Examples], jax.Array]
-    store: Callable[[PyTree, Examples], PyTree]
-    draw: Callable[[jax.Array, int, tuple], Draws]
-    version: Callable[[Draws], jax.Array] | None
-    score: Callable[[PyTree, PyTree, Examples, Draws], PyTree]
-    ratio: Callable[[PyTree, PyTree, Examples, Draws], jax.Array]
-    nll: Callable[[PyTree, Examples, Draws], jax.Array]
-    pair_loss: Callable[..., tuple[jax.Array, dict]]
-    mle_loss: Callable[[PyTree, PyTree, Examples, Draws, jax.Array], jax.Array]
-    decays: Callable[[PyTree], PyTree]
-    project: Callable[[PyTree, str], PyTree]
-    latents: Callable[[jax.Array], jax.Array]
-    guide: Callable[[PyTree, PyTree, jax.Array], Any]
-    sample: Callable[..., Examples]
-    settings: Callable[[Any], Any]
-    fake_settings: Callable[[Any], Any]
-    imported: Callable[[Any], tuple[PyTree, PyTree]]
-    export: Callable[[PyTree, PyTree], tuple[dict, dict]]
+    data: tuple[Records, ...]
+    stored: Records
+    guidance: Guidance = Guidance()
+    exact: bool = False
+    config_keys: frozenset[str] = frozenset()
 
-    def record_dtype(self, shape: tuple[int, ...]) -> np.dtype:
-        """Of record["image"]: pixels are uint8, tokens int32, latents float32."""
-        if shape == self.image_shape:
-            return np.dtype(np.uint8)
-        return np.dtype(np.int32 if len(shape) == 1 else np.float32)
+    @property
+    def works_on_pixels(self) -> bool:
+        """Whether there is no autoencoder or tokenizer between images and network."""
+        return self.stored.kind == "pixels"
+
+    def kind(self, shape: tuple[int, ...]) -> str | None:
+        """Of data with such records; None if the family does not take them."""
+        return next((r.kind for r in self.data if r.shape == tuple(shape)), None)
+
+
+class Family(abc.ABC):
+    """A likelihood-based generator."""
+
+    # -- facts ------------------------------------------------------------------------------------------------
+
+    @property
+    @abc.abstractmethod
+    def spec(self) -> Spec:
+        """See `Spec`."""
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What a round can train by: "ddo", "mle", and "cca" (wrong labels for fakes) where `pair_loss` has it."""
+        return ("ddo", "mle")
+
+    @property
+    def compiler_options(self) -> dict:
+        """Of programs whose scores are compared, for `jax.jit`: in half precision XLA may otherwise keep more digits in
+        one program than in another, and r is not 0 at the reference."""
+        return {}
+
+    # -- parameters -------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
+        """(params, frozen). frozen: the network's buffers: no gradient, optimizer or EMA."""
+
+    def companions(self) -> dict:
+        """The rest of frozen: weights of other files that the config names (autoencoder, tokenizer)."""
+        return {}
+
+    def companion_shapes(self) -> dict:
+        """Their shapes as far as training needs them, without the files."""
+        return {}
+
+    def project(self, params: PyTree, objective: str) -> PyTree:
+        """What is executed in place of params: EDM2's forced weight normalisation, else the identity. Never
+        differentiated. objective: "mle" or "ddo"; only what it executes is projected."""
+        return params
+
+    def decays(self, params: PyTree) -> PyTree:
+        """Tree of bools: what weight decay acts on."""
+        return jax.tree.map(lambda v: v.ndim > 1, params)
+
+    # -- examples ---------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def encode(self, frozen: PyTree, record: dict, key: jax.Array) -> Examples:
+        """record = {"image": one of `Spec.data` or what `store` made [B,...], "label": int32 [B]} -> examples.
+
+        key: what is random in it (a sample of a posterior).
+        """
+
+    @abc.abstractmethod
+    def decode(self, frozen: PyTree, examples: Examples) -> jax.Array:
+        """uint8 images [B,H,W,C], quantised like the data."""
+
+    @abc.abstractmethod
+    def store(self, frozen: PyTree, examples: Examples) -> dict:
+        """The record kept in a pool (latents stay latents); `encode` reads it back."""
+
+    def augment(self, examples: Examples, key: jax.Array) -> Examples:
+        """Random transforms of an MLE phase, the network being told; never DDO."""
+        return examples
+
+    # -- likelihood -------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def draw(self, key: jax.Array, n: int, noise: tuple) -> Draws:
+        """All randomness of n paired evaluations, shared by target and reference, real and fake row i.
+
+        noise = (P_mean, P_std), traced, of diffusion; tokens: whose label is dropped.
+        """
+
+    def version(self, draws: Draws) -> jax.Array:
+        """int32 [B] in {0, 1}: which of its two scores (with and without label) an example has; of exact families."""
+        return jnp.zeros(jax.tree.leaves(draws)[0].shape[0], jnp.int32)
+
+    @abc.abstractmethod
+    def score(self, params: PyTree, frozen: PyTree, examples: Examples, draws: Draws) -> PyTree:
+        """F [B,...] of diffusion, logp [B] of exact families. Deterministic: dropout and augmentation off."""
+
+    @abc.abstractmethod
+    def ratio(self, s: PyTree, s_ref: PyTree, examples: Examples, draws: Draws) -> jax.Array:
+        """r [B] float32 = log p_theta - log p_ref."""
+
+    @abc.abstractmethod
+    def nll(self, s: PyTree, examples: Examples, draws: Draws) -> jax.Array:
+        """-log p_theta [B], up to a constant: the divergence alarm while DDO runs."""
+
+    @abc.abstractmethod
+    def mle_loss(self, params: PyTree, frozen: PyTree, examples: Examples, draws: Draws, key: jax.Array) -> jax.Array:
+        """loss [B] of pretraining and control: as nll (or nll a token), but with dropout and augmentation as
+        configured, drawn from key."""
+
+    def pair_loss(self, objective: str, r, logp_real, labels, draws: Draws, alpha, beta) -> tuple[jax.Array, dict]:
+        """(loss, stats of `ddo.ddo_loss`) of r [B,2]; column 0 is real, 1 fake.
+
+        logp_real [B] = -nll, for losses that train some rows by MLE; labels [B,2]. objective: of `objectives`.
+        """
+        return ddo.ddo_loss(r[:, 0], r[:, 1], alpha=alpha, beta=beta)
+
+    # -- samples ----------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def settings(self, sampler) -> Any:
+        """config.sampler (mapping) -> hashable settings of `sample`, with `.nfe` (network evaluations of one sample),
+        `.solver` and `.record()` (a dict, for protocols).
+
+        Raises:
+          UserError: what cannot be sampled with.
+        """
+
+    def fake_settings(self, settings: Any) -> Any:
+        """Those of a round's fakes: the reference as it is, without guidance or filters."""
+        return settings
+
+    def passes(self, settings: Any) -> int:
+        """What a sample costs in forward passes of `score`, for estimates."""
+        return settings.nfe
+
+    def strength(self, settings: Any) -> float:
+        """Of the family's own guidance under these settings; neutral where it has none."""
+        g = self.spec.guidance
+        return getattr(settings, g.setting) if g.kind == "own" else g.neutral
+
+    def latents(self, keys: jax.Array) -> jax.Array:
+        """Starting noise [B,...] of the sampler, one independent stream an image; [B,0] where there is none."""
+        return jnp.zeros((len(keys), 0))
+
+    @abc.abstractmethod
+    def sample(self, nets: tuple, frozen: PyTree, labels: jax.Array, latents, noise, settings: Any) -> Examples:
+        """Examples of labels [B].
+
+        nets = (params, None), or (params, (guide, weight)) with the weight traced; with own guidance (params, (None,
+        weight)) where it is not the settings'. noise: one key an image [B], or the sampler's own normals
+        [steps, B, ...] made elsewhere. settings: of `settings`.
+        """
+
+    def guide(self, params: PyTree, frozen: PyTree, labels: jax.Array) -> Any:
+        """This network as the guide of another one, for `sample`.
+
+        Raises:
+          UserError: it cannot be one.
+        """
+        raise UserError(f"a network of family {self.spec.name} is no guide of another one")
+
+    # -- files ------------------------------------------------------------------------------------------------
+
+    def imported(self, released: Any) -> tuple[PyTree, PyTree]:
+        """(params, frozen) of a released checkpoint of this architecture (`ddo_jax.convert.read`).
+
+        Raises:
+          UserError: of another one.
+        """
+        raise UserError(f"weights of kind {released.kind}: family {self.spec.name} reads no files of others")
+
+    def export(self, params: PyTree, frozen: PyTree) -> tuple[dict, dict]:
+        """({name: array}, metadata): the weights under their released names."""
+        return safetensors.flatten(params), {"ddo_jax_kind": self.spec.name}

@@ -12,6 +12,7 @@ import numpy as np
 
 from ddo_jax.convert import sdvae
 from ddo_jax.errors import UserError
+from ddo_jax.families.base import Records
 
 TOGETHER = 4  # images a device: the VAE's activations at 512 x 512 are 0.1 GB each
 
@@ -39,8 +40,12 @@ class Pixels:
     levels: int
 
     @property
-    def record_shapes(self) -> tuple:
-        return (self.image_shape,)
+    def stored(self) -> Records:
+        return Records("pixels", self.image_shape)
+
+    @property
+    def data(self) -> tuple[Records, ...]:
+        return (self.stored,)
 
     def companions(self) -> dict:
         return {}
@@ -76,9 +81,13 @@ class Latents:
     levels: int
 
     @property
-    def record_shapes(self) -> tuple:
+    def stored(self) -> Records:
+        return Records("latents", self.latent_shape)
+
+    @property
+    def data(self) -> tuple[Records, ...]:
         h, w, c = self.latent_shape
-        return (self.image_shape, (h, w, 2 * c))
+        return (Records("pixels", self.image_shape), Records("latents", (h, w, 2 * c)))
 
     @property
     def scale(self) -> np.ndarray:

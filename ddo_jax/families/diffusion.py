@@ -5,6 +5,7 @@ draws = {"sigma": [B], "eps": [B,H,W,C]}.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -13,15 +14,17 @@ import jax.numpy as jnp
 
 from ddo_jax.core import ddo, dpm_solver, edm, samplers
 from ddo_jax.errors import UserError
-from ddo_jax.families.base import DIFFUSION_SAMPLER, HALF, VAR_SAMPLER, Family, own_settings
+from ddo_jax.families.base import DIFFUSION_SAMPLER, HALF, Family, Guidance, Spec, own_settings
 
 LEAST_STEPS = {"dpmv3": 2}  # one step is D at sigma_max: the mean image
 MOST_STEPS = 10_000
+CONFIG_KEYS = {f"{phase}.{key}" for phase in ("pretrain", "ddo", "control") for key in ("p_mean", "p_std")}
+CONFIG_KEYS |= {"ddo.p_std_from", *(f"sampler.{key}" for key in DIFFUSION_SAMPLER)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Diffusion:
-    """The functions of a family for one network; `family` puts them into the record.
+class Diffusion(Family):
+    """What one network of these families is.
 
     Attributes:
       module: EDMPrecond or EDM2Precond. codec: Pixels or Latents. model: the config.model they were built from.
@@ -31,11 +34,26 @@ class Diffusion:
 
     module: Any
     codec: Any
-    model: dict
+    model: dict = dataclasses.field(hash=False)
     precision: str
     sampling: str
 
+    name = ""  # of the family
+    config_keys = frozenset(CONFIG_KEYS)
     heun_grid = "float64"  # rounding of Heun's time grid in the released sampler of the family
+
+    @functools.cached_property
+    def spec(self) -> Spec:
+        return Spec(
+            name=self.name,
+            num_classes=self.module.label_dim,
+            image_shape=self.codec.image_shape,
+            levels=self.codec.levels,
+            data=self.codec.data,
+            stored=self.codec.stored,
+            guidance=Guidance("network"),
+            config_keys=self.config_keys,
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -54,6 +72,9 @@ class Diffusion:
     def inputs(self, examples, draws):
         return edm.edm_inputs(examples["x"], draws["sigma"], draws["eps"], self.module.sigma_data)
 
+    def companions(self):
+        return self.codec.companions()
+
     # -- the seam (families/base.py) -----------------------------------------------------------------------
 
     def init(self, key):
@@ -64,9 +85,6 @@ class Diffusion:
     def encode(self, frozen, record, key):
         with jax.default_matmul_precision(self.precision):
             return {"x": self.codec.encode(frozen, record["image"], key), "label": record["label"]}
-
-    def augment(self, examples, key):
-        return examples
 
     def decode(self, frozen, examples):
         with jax.default_matmul_precision(self.precision):
@@ -92,18 +110,9 @@ class Diffusion:
         """lambda(sigma) |D - x|^2 = |F - F_hat|^2, summed over pixels (specs/edm.md section 10)."""
         return jnp.sum(jnp.square(s - self.inputs(examples, draws)[2]), axis=(1, 2, 3))
 
-    def pair_loss(self, objective, r, logp_real, labels, draws, alpha, beta):
-        return ddo.ddo_loss(r[:, 0], r[:, 1], alpha=alpha, beta=beta)
-
     def mle_loss(self, params, frozen, examples, draws, key):
         f = self.score(params, frozen, examples, draws, train=True, rngs={"dropout": key})
         return self.nll(f, examples, draws)
-
-    def decays(self, params):
-        return jax.tree.map(lambda v: v.ndim > 1, params)
-
-    def project(self, params, objective):
-        return params
 
     def latents(self, keys):
         return image_noise(keys, 0, self.shape)
@@ -138,7 +147,7 @@ class Diffusion:
         Raises:
           UserError: what cannot be sampled with.
         """
-        given = own_settings(sampler, DIFFUSION_SAMPLER, VAR_SAMPLER)
+        given = own_settings(sampler, DIFFUSION_SAMPLER)
         solver = given.pop("solver", "heun")
         try:
             for key, value in given.items():
@@ -161,34 +170,6 @@ class Diffusion:
             raise ValueError(f"solver is {solver!r}; allowed: heun, dpmv3")
         except (TypeError, ValueError, ArithmeticError) as e:
             raise UserError(f"config.sampler: {e}") from None
-
-    def fake_settings(self, settings):
-        return settings  # guidance is no setting of these samplers
-
-    def imported(self, released):
-        raise NotImplementedError
-
-    def export(self, params, frozen):
-        raise NotImplementedError
-
-    def family(self, name: str) -> Family:
-        same = [f.name for f in dataclasses.fields(Family) if hasattr(self, f.name)]
-        return Family(
-            name=name,
-            num_classes=self.module.label_dim,
-            image_shape=self.codec.image_shape,
-            levels=self.codec.levels,
-            record_shapes=self.codec.record_shapes,
-            companions=self.codec.companions,
-            companion_shapes=dict,  # stored records are latents: no autoencoder in training
-            objectives=("ddo", "mle"),
-            compiler_options={},
-            own_guidance=False,
-            version=None,
-            nfe=lambda settings: settings.nfe,
-            passes=lambda settings: settings.nfe,
-            **{field: getattr(self, field) for field in same},
-        )
 
 
 def image_noise(keys, stream, shape):

@@ -8,14 +8,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddo_jax import convert
-from ddo_jax.convert import safetensors
+from ddo_jax.convert import mlp
 from ddo_jax.core import augment as augmentation
 from ddo_jax.errors import UserError
 from ddo_jax.families.base import Family
 from ddo_jax.families.codecs import Pixels
 from ddo_jax.families.diffusion import Diffusion
 from ddo_jax.models import edm as networks
-from ddo_jax.models.mlp import ResidualMLP
 
 
 def released_arguments(model) -> dict:
@@ -40,13 +39,7 @@ def build_network(model, remat: bool = False) -> networks.EDMPrecond:
         raise UserError(f"config.model.arch: {model['arch']!r}; allowed: mlp, SongUNet, DhariwalUNet")
     arguments = released_arguments(model)
     try:
-        if model["arch"] != "mlp":
-            return networks.from_config(arguments, remat=remat)
-        shared = {k: arguments.pop(k) for k in ("img_resolution", "img_channels", "label_dim", "sigma_data")}
-        arguments.pop("model_type")
-        if arguments.get("width", 8) < 8:
-            raise ValueError(f"width is {arguments['width']}: it must be at least 8")
-        return networks.EDMPrecond(net=ResidualMLP(num_classes=shared["label_dim"], **arguments), **shared)
+        return mlp.from_config(arguments) if model["arch"] == "mlp" else networks.from_config(arguments, remat=remat)
     except (TypeError, ValueError) as e:
         raise UserError(f"config.model ({model['arch']}): {e}") from None
 
@@ -60,6 +53,14 @@ class EDM(Diffusion):
     """
 
     augment_p: float = 0.0
+
+    name = "edm"
+    config_keys = Diffusion.config_keys | {"data.augment"}
+
+    @property
+    def kind(self) -> str:
+        """Of its files."""
+        return "mlp" if self.model["arch"] == "mlp" else "edm"
 
     def augment(self, examples, key):
         """EDM's pipeline (specs/edm.md section 13): the images are transformed, the network is told how."""
@@ -75,22 +76,20 @@ class EDM(Diffusion):
         return self.apply(self.module, params, frozen, x_in, c_noise, examples["label"], told, method="raw", **kwargs)
 
     def imported(self, released):
-        if self.model["arch"] == "mlp" or released.kind != "edm":
+        if released.kind != self.kind:
             raise UserError(f"weights of kind {released.kind}; config.model.arch is {self.model['arch']!r}")
         try:
-            variables = dict(convert.from_torch("edm", released_arguments(self.model), released.state_dict)[1])
+            variables = dict(convert.from_torch(self.kind, released_arguments(self.model), released.state_dict)[1])
         except ValueError as e:
             raise UserError(f"the weights do not fit config.model: {e}") from None
         variables = jax.tree.map(lambda v: np.asarray(v, np.float32), variables)  # float16 of averages rebuilt later
         return variables.pop("params"), variables
 
     def export(self, params, frozen):
-        if self.model["arch"] == "mlp":
-            return safetensors.flatten(params), {"ddo_jax_kind": "mlp"}
         arguments = released_arguments(self.model)
-        arrays = convert.to_torch("edm", arguments, {"params": params, **frozen})
+        arrays = convert.to_torch(self.kind, arguments, {"params": params, **frozen})
         levels = {} if self.model["levels"] == 256 else {"ddo_jax_levels": str(self.model["levels"])}
-        return arrays, {"ddo_jax_kind": "edm", "ddo_jax_config": json.dumps(arguments), **levels}
+        return arrays, {"ddo_jax_kind": self.kind, "ddo_jax_config": json.dumps(arguments), **levels}
 
 
 def configure(config, released) -> None:
@@ -117,4 +116,4 @@ def make(config) -> Family:
         raise UserError(f"config.data.augment: {augment_p}; allowed: 0 unless model.augment_dim = 9")
     module = build_network(model, config.remat)
     codec = Pixels((module.img_resolution, module.img_resolution, module.img_channels), model["levels"])
-    return EDM(module, codec, model, config.precision, config.eval.dtype, augment_p).family("edm")
+    return EDM(module, codec, model, config.precision, config.eval.dtype, augment_p)

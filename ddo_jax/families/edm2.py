@@ -46,6 +46,7 @@ def build_codec(model) -> Pixels | Latents:
 class EDM2(Diffusion):
     """See Diffusion."""
 
+    name = "edm2"
     heun_grid = "float32"
 
     def mle_loss(self, params, frozen, examples, draws, key):
@@ -123,10 +124,8 @@ def make(config) -> Family:
     model = config.model.to_dict()
     if model["arch"] != "UNet":
         raise UserError(f"config.model.arch: {model['arch']!r}; allowed for family edm2: UNet")
-    if config.data.augment:
-        raise UserError(f"config.data.augment: {config.data.augment}; allowed: 0, EDM2 networks cannot be told")
     try:
         module = networks.from_config(released_arguments(model), remat=config.remat)
     except (TypeError, ValueError) as e:
         raise UserError(f"config.model: {e}") from None
-    return EDM2(module, build_codec(model), model, config.precision, config.eval.dtype).family("edm2")
+    return EDM2(module, build_codec(model), model, config.precision, config.eval.dtype)

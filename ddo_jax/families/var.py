@@ -19,7 +19,7 @@ from ddo_jax import convert
 from ddo_jax.convert import vqvae
 from ddo_jax.core import ar
 from ddo_jax.errors import UserError
-from ddo_jax.families.base import DIFFUSION_SAMPLER, HALF, VAR_SAMPLER, Family, own_settings
+from ddo_jax.families.base import HALF, VAR_SAMPLER, Family, Guidance, Records, Spec, own_settings
 from ddo_jax.families.codecs import in_parts, to_unit
 from ddo_jax.models import var as networks
 from ddo_jax.models.vqvae import VQVAE
@@ -28,19 +28,29 @@ TOKENIZER = "var-vae"  # of the released networks
 # What config.model holds beside the arguments of the transformer; label_dim is its num_classes.
 OURS = ("arch", "img_resolution", "img_channels", "label_dim", "sigma_data", "levels", "vae", "cond_drop_rate")
 TOGETHER = 8  # images a device in the tokenizer: its activations at 256 x 256 are 42 MB each
+CONFIG_KEYS = frozenset({"dtype", "ddo.dropped_row_loss", "ddo.reencode", *(f"sampler.{key}" for key in VAR_SAMPLER)})
 MOST_CFG = 1e4  # in float32 the logits, some hundreds, times it are still numbers
 
 
 class VARSettings(NamedTuple):
-    """Of `sample`: as `models.var.SampleSettings`; reencode: tokens of the decoded pixels take the place of its own."""
+    """Of `sample`: as `models.var.SampleSettings`; reencode: tokens of the decoded pixels take the place of its own;
+    scales: of the network, which cost one evaluation each, guided two."""
 
     cfg: float = 0.0
     top_k: int = 0
     top_p: float = 0.0
     more_smooth: bool = False
     reencode: bool = False
+    scales: int = 1
 
     solver = "var"
+
+    @property
+    def nfe(self) -> int:
+        return self.scales * (2 if self.cfg else 1)
+
+    def record(self) -> dict:
+        return {"solver": self.solver, **{k: v for k, v in self._asdict().items() if k != "scales"}}
 
 
 def released_arguments(model) -> dict:
@@ -59,8 +69,8 @@ def tokenizer_module(vae: str, transformer: networks.VAR) -> VQVAE:
 
 
 @dataclasses.dataclass(frozen=True)
-class VARFamily:
-    """The functions of the family for one network; `family` puts them into the record.
+class VARFamily(Family):
+    """What one network of the family is.
 
     Attributes:
       module: VAR, with the dtype of its matrix products in training. model: the config.model it was built from.
@@ -69,11 +79,36 @@ class VARFamily:
     """
 
     module: networks.VAR
-    model: dict
+    model: dict = dataclasses.field(hash=False)
     precision: str
     sampling: str
     dropped_row_loss: str
     reencode: bool
+
+    @functools.cached_property
+    def spec(self) -> Spec:
+        side = self.model["img_resolution"]
+        image = (side, side, self.model["img_channels"])
+        tokens = Records("tokens", (self.module.length,))
+        return Spec(
+            name="var",
+            num_classes=self.module.num_classes,
+            image_shape=image,
+            levels=self.model["levels"],
+            data=(Records("pixels", image), tokens),
+            stored=tokens,
+            guidance=Guidance("own", 0.0, "cfg", "t = cfg s / (S - 1) at scale s; 0 is none"),
+            exact=True,
+            config_keys=CONFIG_KEYS,
+        )
+
+    @property
+    def objectives(self):
+        return ("ddo", "mle", "cca")
+
+    @property
+    def compiler_options(self):
+        return {} if self.module.dtype is None else {"xla_allow_excess_precision": False}
 
     # -- the tokenizer ---------------------------------------------------------------------------------------
 
@@ -135,9 +170,6 @@ class VARFamily:
             tokens = self.tokens_of(frozen, to_unit(tokens, self.model["levels"]))
         return {"tokens": tokens.astype(jnp.int32), "label": record["label"]}
 
-    def augment(self, examples, key):
-        return examples
-
     def decode(self, frozen, examples):
         """uint8; truncated at 256 levels, as released (with few levels that would darken: rounded)."""
         levels = self.model["levels"]
@@ -183,15 +215,6 @@ class VARFamily:
     def decays(self, params):
         return networks.decay_mask(params)
 
-    def project(self, params, objective):
-        return params
-
-    def latents(self, keys):
-        return jnp.zeros((len(keys), 0))  # there is no starting noise
-
-    def guide(self, params, frozen, labels):
-        raise UserError("a VAR guides itself by --guidance (config.sampler.cfg); it is no guide of another network")
-
     def sample(self, nets, frozen, labels, latents, noise, settings):
         params, guide = nets
         how = networks.SampleSettings(*settings[:4])
@@ -217,7 +240,7 @@ class VARFamily:
         Raises:
           UserError: what cannot be sampled with.
         """
-        settings = VARSettings(**own_settings(sampler, VAR_SAMPLER, DIFFUSION_SAMPLER))
+        settings = VARSettings(**own_settings(sampler, VAR_SAMPLER), scales=len(self.module.patch_nums))
         if not 0 <= settings.cfg <= MOST_CFG:
             raise UserError(f"config.sampler.cfg: {settings.cfg}; allowed: 0 (no guidance) to {MOST_CFG:g}")
         if settings.top_k < 0 or not 0 <= settings.top_p <= 1:
@@ -226,7 +249,7 @@ class VARFamily:
         return settings
 
     def fake_settings(self, settings):
-        return VARSettings(reencode=self.reencode)
+        return VARSettings(reencode=self.reencode, scales=settings.scales)
 
     def imported(self, released):
         if released.kind != "var":
@@ -243,23 +266,8 @@ class VARFamily:
         metadata = {"ddo_jax_config": json.dumps(arguments), "ddo_jax_tokenizer": json.dumps(ours)}
         return convert.to_torch("var", arguments, {"params": params}), {"ddo_jax_kind": "var", **metadata}
 
-    def family(self) -> Family:
-        same = [f.name for f in dataclasses.fields(Family) if hasattr(self, f.name)]
-        side, scales = self.model["img_resolution"], len(self.module.patch_nums)
-        image = (side, side, self.model["img_channels"])
-        return Family(
-            name="var",
-            num_classes=self.module.num_classes,
-            image_shape=image,
-            levels=self.model["levels"],
-            record_shapes=(image, (self.module.length,)),
-            objectives=("ddo", "mle", "cca"),
-            compiler_options={} if self.module.dtype is None else {"xla_allow_excess_precision": False},
-            own_guidance=True,
-            nfe=lambda settings: scales * (2 if settings.cfg else 1),
-            passes=lambda settings: 2 if settings.cfg else 1,  # cached: all scales together are one pass over L tokens
-            **{field: getattr(self, field) for field in same},
-        )
+    def passes(self, settings):
+        return 2 if settings.cfg else 1  # cached: all scales together are one pass over L tokens
 
 
 def configure(config, released) -> None:
@@ -291,8 +299,6 @@ def make(config) -> Family:
     model = config.model.to_dict()
     if model["arch"] != "VAR":
         raise UserError(f"config.model.arch: {model['arch']!r}; allowed for family var: VAR")
-    if config.data.augment:
-        raise UserError(f"config.data.augment: {config.data.augment}; allowed: 0, a VAR cannot be told")
     model = {"vae": TOKENIZER, "cond_drop_rate": 0.1, **model}
     if not 0 <= model["cond_drop_rate"] < 1:
         raise UserError(f"config.model.cond_drop_rate: {model['cond_drop_rate']}; allowed: 0 to below 1")
@@ -301,4 +307,4 @@ def make(config) -> Family:
     except (TypeError, ValueError) as e:
         raise UserError(f"config.model: {e}") from None
     how = (config.precision, config.eval.dtype, config.ddo.dropped_row_loss, config.ddo.reencode)
-    return VARFamily(module, model, *how).family()
+    return VARFamily(module, model, *how)

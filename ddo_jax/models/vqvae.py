@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax.core.resample import area_matrix, bicubic_matrix
+from ddo_jax.core.stats.resample import area_matrix, bicubic_matrix
 from ddo_jax.models.edm_layers import Conv, Init, at_least_float32, attention_weights, convolve, row, weight_and_bias
 from ddo_jax.models.sdvae import GroupNorm
 
@@ -195,7 +195,7 @@ class Embedding(nn.Module):
 
 
 def resample(x, matrix: np.ndarray):
-    """x [B,p,p,z] -> [B,q,q,z] by a matrix [q,p] of `ddo_jax.core.resample`, along both sides."""
+    """x [B,p,p,z] -> [B,q,q,z] by a matrix [q,p] of `ddo_jax.core.stats.resample`, along both sides."""
     m = jnp.asarray(matrix, x.dtype)
     return jnp.einsum("ip,bpqc,jq->bijc", m, x, m, precision=HIGHEST)
 

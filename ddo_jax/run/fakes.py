@@ -12,7 +12,7 @@ import numpy as np
 
 from ddo_jax import sharding
 from ddo_jax.data.pipeline import batches
-from ddo_jax.evaluate import score
+from ddo_jax.generate.seeds import seeds_at
 
 KEEP_BYTES = 2**30  # fakes of a round that are kept for its other candidates
 
@@ -21,8 +21,8 @@ def from_pool(mesh, pool: Callable, batch: int, seed: int):
     """Rows of a finished pool, in a seeded order of their own. pool: () -> its source."""
 
     def start(first: int):
-        hosts = dict(host=jax.process_index(), hosts=jax.process_count())
-        reader = batches(pool(), batch, seed, start=first, with_index=True, **hosts)
+        host = (jax.process_index(), jax.process_count())
+        reader = batches(pool(), batch, seed, start=first, with_index=True, host=host)
 
         def pair(k, real):
             record = next(reader)
@@ -48,7 +48,7 @@ def online(mesh, sample: Callable, batch: int, total: int, index: int, keep: boo
             rows = np.arange(k * batch, (k + 1) * batch)
             whole = made.get(k)
             if whole is None:
-                seeds = score.seeds_at("pool", index, total * batch, rows)
+                seeds = seeds_at("pool", index, total * batch, rows)
                 parts = list(sample(seeds, sharding.to_host(real["label"])))
                 whole = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
                 if keep and total * sum(v.nbytes for v in whole.values()) <= KEEP_BYTES:

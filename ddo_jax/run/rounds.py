@@ -6,71 +6,63 @@ round n:  ref = best EMA parameters of round n-1
           best of the round = lowest score over candidates and steps; not better than ref: keep ref
 """
 
+import dataclasses
 import functools
 import itertools
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
+from ddo_jax import config as configs
 from ddo_jax import files, sharding
 from ddo_jax.data import pool as pools
 from ddo_jax.data import sources
-from ddo_jax.data.labels import present_classes
+from ddo_jax.data.labels import balanced_labels, present_classes
 from ddo_jax.data.pipeline import batches
 from ddo_jax.errors import UserError
-from ddo_jax.evaluate import score
-from ddo_jax.run import asked, classes, fakes, loop, record, search, state, step
-from ddo_jax.run import config as configs
-from ddo_jax.run.checkpoint import read_meta, restore_ema
+from ddo_jax.evaluate.records import Evaluation, Round, read, read_round
+from ddo_jax.generate.seeds import seed_range
+from ddo_jax.run import fakes, jobs, loop, record, reference_scores, state, step
+from ddo_jax.run.prepare import Setup
+from ddo_jax.run.scoring import evaluations
+from ddo_jax.store import classes
+from ddo_jax.store.checkpoint import read_meta, restore_ema
 
 
-class Setup(NamedTuple):
-    """A prepared run (`prepare.prepare`): what its phases share, the samplers of images and of fakes, the start if
-    it is not scratch."""
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The best evaluation of several candidates, and whose it is."""
 
-    config: Any
-    workdir: epath.Path
-    tools: loop.Tools
-    sampler: Any
-    fakes: Any
-    init: Any = None
+    candidate: str
+    evaluation: Evaluation
 
 
-def phase(
-    setup: Setup,
-    section: str,
-    name: str,
-    start,
-    *,
-    total=None,
-    objective="mle",
-    lr=None,
-    grid=(1.0, 1.0),
-    noise=None,
-    **rest,
-) -> loop.Phase:
-    """A phase of the config's section ("pretrain", "ddo", "control"). grid: (alpha, beta); noise: (P_mean, P_std)."""
-    c, examples = setup.config[section], len(setup.tools.data)
+def phase(setup: Setup, section: str, name: str, start, **given) -> loop.Phase:
+    """A phase of the config's section ("pretrain", "ddo", "control"), by default of MLE as the section says.
+
+    Args:
+      name: relative directory. start: parameters. given: fields of `loop.Phase` that differ.
+    """
+    c, examples = setup.config[section], len(setup.data)
 
     def steps(key):
         return configs.steps(c[key], c.batch, examples, f"{section}.{key}")
 
-    return loop.Phase(
-        name=name,
-        directory=setup.workdir / name,
-        section=section,
-        config=c,
-        objective=objective,
-        hyper=step.Hyper(*map(float, (*grid, c.lr if lr is None else lr)), noise or noise_levels(c)),
-        total=steps("length") if total is None else total,
+    fields = dict(
+        objective="mle",
+        hyper=hyper(c),
+        steps=given.get("steps") or steps("length"),
         warmup=(steps("warmup") or 0) * c.batch,
         eval_every=steps("eval_every"),
         save_every=steps("save_every"),
-        start=start,
-        **rest,
     )
+    return loop.Phase(name, setup.workdir / name, section, c, start=start, **fields | given)
+
+
+def hyper(c, *, grid=(1.0, 1.0), lr: float | None = None, noise=None) -> step.Hyper:
+    """The traced numbers of a phase. grid: (alpha, beta); lr, noise: in place of the section's."""
+    return step.Hyper(*map(float, (*grid, c.lr if lr is None else lr)), noise or noise_levels(c))
 
 
 def noise_levels(c, number: int = 0) -> tuple[float, float]:
@@ -95,15 +87,15 @@ def anchors(family, mesh, params):
     return jax.jit(both, out_shardings=(rule, rule))(params)
 
 
-def divide(setup: Setup, tasks: list[search.Task]) -> list[dict]:
+def divide(setup: Setup, tasks: list[jobs.Task]) -> list[dict]:
     """Do the tasks, together with other jobs on the same workdir."""
     c = setup.config
-    return search.divide(tasks, c.lease_s, waiting=setup.tools.console.status, stall_s=c.stall_s)
+    return jobs.divide(tasks, c.lease_s, waiting=setup.console.status, stall_s=c.stall_s)
 
 
 def abstract_params(setup: Setup):
-    shapes = jax.eval_shape(setup.tools.family.init, jax.random.key(0))[0]
-    return sharding.abstract(setup.tools.mesh, shapes)
+    shapes = jax.eval_shape(setup.family.init, jax.random.key(0))[0]
+    return sharding.abstract(setup.mesh, shapes)
 
 
 # -- the start --------------------------------------------------------------------------------------------
@@ -111,14 +103,14 @@ def abstract_params(setup: Setup):
 
 def pretrain(setup: Setup):
     """MLE from scratch; the EMA parameters at its end."""
-    tools, seed = setup.tools, setup.config.seed
+    seed = setup.config.seed
 
     def run():
-        params, _ = jax.jit(tools.family.init)(state.derive(seed, "init"))
-        return loop.train(phase(setup, "pretrain", "pretrain", params, seed=seed), tools)
+        params, _ = jax.jit(setup.family.init)(state.derive(seed, "init"))
+        return loop.train(phase(setup, "pretrain", "pretrain", params, seed=seed), setup)
 
     directory = setup.workdir / "pretrain"
-    (result,) = divide(setup, [search.Task(directory, run)])
+    (result,) = divide(setup, [jobs.Task(directory, run)])
     return restore_ema(directory / "checkpoints", result["steps"], abstract_params(setup))
 
 
@@ -127,9 +119,9 @@ def pretrain(setup: Setup):
 
 def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
     """Sample the fakes of a round chunk by chunk; whole chunks of an interrupted pool are kept."""
-    family, tools, c = setup.tools.family, setup.tools, setup.config
-    seeds = score.seed_range("pool", index, c.ddo.pool)
-    labels, rule = classes.pool_labels(c, family, tools.data, len(seeds))
+    family, c = setup.family, setup.config
+    seeds = seed_range("pool", index, c.ddo.pool)
+    labels, rule = classes.pool_labels(c, family, setup.data, len(seeds))
     size = c.eval.batch
     rows = [slice(i, i + size) for i in range(0, len(seeds), size)]
     recorded = pool_digests(directory, len(rows))
@@ -137,7 +129,7 @@ def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
     missing = [i for i in range(len(rows)) if not sharding.agree(digests[i] is not None)]
     progress = record.Progress(f"rounds/{index + 1:03d}/pool", len(rows) - len(missing), len(rows))
     for done, i in enumerate(missing, len(rows) - len(missing) + 1):
-        (chunk,) = setup.fakes(ref, tools.frozen, seeds[rows[i]], labels[rows[i]])
+        (chunk,) = setup.programs.fakes(ref, setup.frozen, seeds[rows[i]], labels[rows[i]])
         digests[i] = pools.digest(chunk["image"], chunk["label"])
         if recorded[i] not in (None, digests[i]):
             raise UserError(
@@ -146,26 +138,26 @@ def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
             )
         if jax.process_index() == 0:
             pools.write_chunk(directory, i, chunk["image"], chunk["label"], seeds[rows[i]])
-        tools.console.status(progress.text(done), done=done == len(rows))
+        setup.console.status(progress.text(done), done=done == len(rows))
     return {
         "chunks": len(rows),
         "digests": digests,
-        "num_classes": family.num_classes,
+        "num_classes": family.spec.num_classes,
         "num": len(seeds),
         "seeds": [int(seeds[0]), int(seeds[-1])],
         "labels": rule,
-        "sampler": family.fake_settings(family.settings(c.sampler))._asdict(),
+        "sampler": family.fake_settings(family.settings(c.sampler)).record(),
     }
 
 
-def pool_task(setup: Setup, directory: epath.Path, ref, index: int) -> search.Task:
+def pool_task(setup: Setup, directory: epath.Path, ref, index: int) -> jobs.Task:
     """The pool of a round; chunks that were lost since it was finished are made again."""
     target = directory / "pool"
 
     def problem(result):
-        return "" if search.result_of(directory / "tidy") else pools.problem(target, result)
+        return "" if jobs.result_of(directory / "tidy") else pools.problem(target, result)
 
-    return search.Task(target, lambda: make_pool(setup, target, ref, index), problem)
+    return jobs.Task(target, lambda: make_pool(setup, target, ref, index), problem)
 
 
 def pool_digests(directory: epath.Path, number: int) -> list[str | None]:
@@ -188,41 +180,47 @@ def candidate_name(alpha: float, beta: float, objective: str = "ddo") -> str:
 
 
 def play_round(setup: Setup, index: int, ref):
-    """One round from the reference `ref`; (its best parameters, its summary)."""
+    """One round from the reference `ref`; (its best parameters, `Round`)."""
     name = f"rounds/{index + 1:03d}"
     directory = setup.workdir / name
-    best = read_best(directory)
-    if not sharding.agree(best is not None):
-        best = _compete(setup, name, index, ref)
+    found = read_best(directory)
+    if not sharding.agree(found is not None):
+        found = _compete(setup, name, index, ref)
         if jax.process_index() == 0:
-            files.write_sealed(directory / "best.json", best)
+            files.write_sealed(directory / "best.json", found.record())
         sharding.agree(True)  # the other hosts wait until it is there
     if setup.config.keep == "best":
-        divide(setup, [search.Task(directory / "tidy", lambda: tidy(directory, best))])
-    if best["improved"]:
-        ref = restore_ema(directory / best["candidate"] / "checkpoints", best["step"], abstract_params(setup))
-    return ref, best
+        divide(setup, [jobs.Task(directory / "tidy", lambda: tidy(directory, found))])
+    if found.improved:
+        ref = restore_ema(directory / found.candidate / "checkpoints", found.best.step, abstract_params(setup))
+    return ref, found
 
 
-def read_best(directory: epath.Path) -> dict | None:
+def read_best(directory: epath.Path) -> Round | None:
     """The summary of a finished round; None if there is none, or it is damaged: the results of its tasks are there."""
     try:
-        return files.read_sealed(directory / "best.json")
-    except files.Damaged as e:
-        search.say(f"{e}: made again from the candidates' results")
+        found = files.read_sealed(directory / "best.json")
+        return None if found is None else read_round(found)
+    except (files.Damaged, ValueError, KeyError) as e:
+        text = str(e) if isinstance(e, files.Damaged) else f"{directory / 'best.json'}: no summary of a round"
+        jobs.say(f"{text}: made again from the candidates' results")
         return None
 
 
-def _compete(setup: Setup, name: str, index: int, ref) -> dict:
+def _compete(setup: Setup, name: str, index: int, ref) -> Round:
     """Fakes, the reference's own score, all candidates; the round's summary."""
-    c, directory, tools = setup.config, setup.workdir / name, setup.tools
-    tasks = [search.Task(directory / "start", lambda: tools.evaluate(ref, name, 0, "select", index)[0])]
+    c, directory = setup.config, setup.workdir / name
+
+    def score_start():
+        return setup.scorer(ref, (name, 0, 0), "select", index)[0].record()
+
+    tasks = [jobs.Task(directory / "start", score_start)]
     pooled = c.objective == "ddo" and c.ddo.pool > 0
     if pooled:
         tasks += [pool_task(setup, directory, ref, index)]
     start, *_ = divide(setup, tasks)
 
-    first, anchor = anchors(tools.family, tools.mesh, ref)
+    first, anchor = anchors(setup.family, setup.mesh, ref)
     noise = noise_levels(c.ddo, index + 1)
     grid = list(itertools.product(c.ddo.alpha, c.ddo.beta))
 
@@ -230,7 +228,7 @@ def _compete(setup: Setup, name: str, index: int, ref) -> dict:
     def pool():
         return pools.open_pool(directory / "pool")
 
-    shared = partners(setup, anchor, index, pool, len(grid) > 1) if c.objective != "mle" else {}
+    shared = partners(setup, anchor, index, pool, len(grid) > 1) if c.objective != "mle" else None
     candidates = [
         phase(
             setup,
@@ -238,11 +236,10 @@ def _compete(setup: Setup, name: str, index: int, ref) -> dict:
             f"{name}/{candidate_name(alpha, beta, c.objective)}",
             first,
             objective=c.objective,
-            grid=(alpha, beta),
-            noise=noise,
+            hyper=hyper(c.ddo, grid=(alpha, beta), noise=noise),
             seed=c.seed + 1000 * (index + 1),
             select=index,
-            **shared,
+            partners=shared,
         )
         for alpha, beta in grid
     ]
@@ -251,59 +248,68 @@ def _compete(setup: Setup, name: str, index: int, ref) -> dict:
     def samples():
         return pool() if pooled else some_fakes(setup, ref, index, RATIOS)
 
-    divide(setup, [search.Task(directory / "ratios", lambda: ratios(setup, directory, best, anchor, samples(), noise))])
-    before, after = start[tools.metric], best[tools.metric]
+    def measure():
+        return ratios(setup, directory, best, (anchor, samples(), noise))
+
+    divide(setup, [jobs.Task(directory / "ratios", measure)])
+    before, after = read(start).score, best.evaluation.score
     improved = after < before
-    text = f"{tools.metric} {before:.3f} -> {after:.3f} ({best['candidate']}, step {best['step']})"
-    tools.console.line(f"{name}: {text}{'' if improved else '; not better: the reference is kept'}")
-    return {"round": index + 1, "improved": improved, "start": before, **best}
+    text = f"{best.evaluation.metric} {before:.3f} -> {after:.3f} ({best.candidate}, step {best.evaluation.step})"
+    setup.console.line(f"{name}: {text}{'' if improved else '; not better: the reference is kept'}")
+    return Round(index + 1, improved, before, best.candidate, best.evaluation)
 
 
-def partners(setup: Setup, ref, index: int, pool, keep: bool) -> dict:
-    """What a phase needs beside data in round `index`: {"ref", "fakes", "kept"}; keep: there are several candidates."""
-    c, tools = setup.config, setup.tools
-    total = configs.steps(c.ddo.length, c.ddo.batch, len(tools.data), "ddo.length")
+def partners(setup: Setup, ref, index: int, pool, keep: bool) -> loop.Partners:
+    """What a phase needs beside data in round `index`; keep: there are several candidates."""
+    c = setup.config
+    total = configs.steps(c.ddo.length, c.ddo.batch, len(setup.data), "ddo.length")
     if c.objective == "cca":
         made = fakes.wrong_labels
     elif c.ddo.pool:
-        made = fakes.from_pool(tools.mesh, pool, c.ddo.batch, c.seed + 1000 * (index + 1) + 1)
+        made = fakes.from_pool(setup.mesh, pool, c.ddo.batch, c.seed + 1000 * (index + 1) + 1)
     else:
-        sample = functools.partial(setup.fakes, ref, tools.frozen)
-        made = fakes.online(tools.mesh, sample, c.ddo.batch, total, index, keep)
-    if tools.asks is None:
-        return {"ref": ref, "fakes": made}
-    kept = {"real": asked.Kept(len(tools.train)), "fake": asked.Kept(c.ddo.pool or total * c.ddo.batch)}
-    return {"ref": ref, "fakes": made, "kept": kept}
+        sample = functools.partial(setup.programs.fakes, ref, setup.frozen)
+        made = fakes.online(setup.mesh, sample, c.ddo.batch, total, index, keep)
+    if setup.programs.asks is None:
+        return loop.Partners(ref, made)
+    fake = reference_scores.Kept(c.ddo.pool or total * c.ddo.batch)
+    return loop.Partners(ref, made, {"real": reference_scores.Kept(len(setup.train)), "fake": fake})
 
 
 def some_fakes(setup: Setup, ref, index: int, num: int):
     """The reference's own samples as a source, for rounds without a pool."""
-    family = setup.tools.family
-    seeds = score.seed_range("select", index, num)
-    labels = score.balanced(seeds, family.num_classes, present_classes(setup.tools.data.class_counts))
-    parts = list(setup.fakes(ref, setup.tools.frozen, seeds, labels))
+    num_classes = setup.family.spec.num_classes
+    seeds = seed_range("select", index, num)
+    labels = balanced_labels(np.arange(num), num_classes, present_classes(setup.data.class_counts))
+    parts = list(setup.programs.fakes(ref, setup.frozen, seeds, labels))
     images, labels = (np.concatenate([p[key] for p in parts]) for key in ("image", "label"))
-    return sources.ArraySource("fakes", images, labels, family.num_classes)
+    return sources.ArraySource("fakes", images, labels, num_classes)
 
 
 RATIOS = 1024  # log-ratios of each kind in the report's histogram
 
 
-def ratios(setup: Setup, directory: epath.Path, best: dict, ref, samples, noise, num: int = RATIOS) -> dict:
-    """Log-ratios of real and fake images under the round's best parameters, for the report's histogram."""
-    tools, c = setup.tools, setup.config
-    params = restore_ema(directory / best["candidate"] / "checkpoints", best["step"], abstract_params(setup))
+def ratios(setup: Setup, directory: epath.Path, best: Best, against, num: int = RATIOS) -> dict:
+    """Log-ratios of real and fake images under the round's best parameters, for the report's histogram.
+
+    Args:
+      against: (the reference's parameters, the source of fakes, the noise levels) of the round.
+    """
+    ref, samples, noise = against
+    c, step_ = setup.config, best.evaluation.step
+    params = restore_ema(directory / best.candidate / "checkpoints", step_, abstract_params(setup))
     found, batch = {}, c.ddo.batch // c.ddo.accumulation
-    for name, source in (("real", tools.train), ("fake", samples)):
-        reader = batches(source, batch, c.seed, host=jax.process_index(), hosts=jax.process_count())
+    for name, source in (("real", setup.train), ("fake", samples)):
+        reader = batches(source, batch, c.seed, host=(jax.process_index(), jax.process_count()))
         keys = jax.random.split(state.derive(c.seed, "ratios"), -(-num // batch))
-        records = (sharding.put_batch(tools.mesh, next(reader)) for _ in keys)
-        parts = [tools.ratio(params, ref, tools.frozen, r, key, noise) for r, key in zip(records, keys, strict=True)]
+        records = (sharding.put_batch(setup.mesh, next(reader)) for _ in keys)
+        measure = functools.partial(setup.programs.ratio, params, ref, setup.frozen)
+        parts = [measure(r, key, noise) for r, key in zip(records, keys, strict=True)]
         found[name] = np.concatenate([sharding.to_host(r) for r in parts])[:num].tolist()
-    return {"candidate": best["candidate"], "step": best["step"], **found}
+    return {"candidate": best.candidate, "step": step_, **found}
 
 
-def best_candidate(setup: Setup, candidates: list[loop.Phase]) -> dict:
+def best_candidate(setup: Setup, candidates: list[loop.Phase]) -> Best:
     """Train all candidates; the best evaluation of all, with the candidate's name.
 
     One of several candidates may diverge: it is said, and the others go on.
@@ -314,25 +320,25 @@ def best_candidate(setup: Setup, candidates: list[loop.Phase]) -> dict:
 
     def run(p):
         try:
-            return loop.train(p, setup.tools)
+            return loop.train(p, setup)
         except loop.Diverged as e:
             if len(candidates) == 1:
                 raise
-            setup.tools.console.line(f"{e}; the other candidates go on")
-            return {"steps": p.total, "images": p.total * p.config.batch, "evals": e.evals, "failed": str(e)}
+            setup.console.line(f"{e}; the other candidates go on")
+            return loop.result_of(p, e.evals) | {"failed": str(e)}
 
-    tasks = [search.Task(p.directory, functools.partial(run, p), functools.partial(_lost, p)) for p in candidates]
-    results = divide(setup, tasks)
-    if not any(r["evals"] for r in results):
+    tasks = [jobs.Task(p.directory, functools.partial(run, p), functools.partial(_lost, p)) for p in candidates]
+    found = [(p, e) for p, r in zip(candidates, divide(setup, tasks), strict=True) for e in evaluations(r)]
+    best = loop.best_of([e for _, e in found])
+    if best is None:
         raise UserError(f"{candidates[0].name} and all other candidates diverged; lower lr or beta in a new workdir")
-    evals = [{"candidate": p.directory.name, **e} for p, r in zip(candidates, results, strict=True) for e in r["evals"]]
-    return loop.best_of(evals, setup.tools.metric)
+    return next(Best(p.directory.name, e) for p, e in found if e is best)
 
 
 def _lost(phase: loop.Phase, result: dict) -> str:
     """Which checkpoint of a finished candidate is gone or damaged, in words; "" if its best is there."""
     best = result.get("best")
-    if best is None or search.result_of(phase.directory.parent / "tidy"):  # of a decided round losers were deleted
+    if best is None or jobs.result_of(phase.directory.parent / "tidy"):  # of a decided round losers were deleted
         return ""
     try:
         read_meta(phase.directory / "checkpoints", best["step"])
@@ -341,11 +347,11 @@ def _lost(phase: loop.Phase, result: dict) -> str:
     return ""
 
 
-def tidy(directory: epath.Path, best: dict) -> dict:
+def tidy(directory: epath.Path, found: Round) -> dict:
     """Delete the pool and all checkpoints of a finished round but its best; snapshots of averages stay."""
     removed = []
     if jax.process_index() == 0:
-        kept = directory / best["candidate"] / "checkpoints" / str(best["step"]) if best["improved"] else None
+        kept = directory / found.candidate / "checkpoints" / str(found.best.step) if found.improved else None
         for candidate in (d for d in directory.iterdir() if (d / "checkpoints").exists()):
             removed += [d for d in (candidate / "checkpoints").iterdir() if d != kept]
         removed += files.matching(directory / "pool", "chunk-*.npz")
@@ -358,16 +364,24 @@ def tidy(directory: epath.Path, best: dict) -> dict:
 
 
 def control(setup: Setup, start):
-    """Continued MLE from the same start: (best parameters over learning rates and steps, summary)."""
+    """Continued MLE from the same start: (best parameters over learning rates and steps, `Best`)."""
     c = setup.config
-    ddo_steps = configs.steps(c.ddo.length, c.ddo.batch, len(setup.tools.data), "ddo.length")
+    ddo_steps = configs.steps(c.ddo.length, c.ddo.batch, len(setup.data), "ddo.length")
     total = c.control.factor * c.ddo.rounds * ddo_steps
     best = best_candidate(
         setup,
         [
-            phase(setup, "control", f"control/lr{lr:g}", start, total=total, lr=lr, seed=c.seed + 500)
+            phase(
+                setup,
+                "control",
+                f"control/lr{lr:g}",
+                start,
+                steps=total,
+                hyper=hyper(c.control, lr=lr),
+                seed=c.seed + 500,
+            )
             for lr in c.control.lrs
         ],
     )
-    directory = setup.workdir / "control" / best["candidate"] / "checkpoints"
-    return restore_ema(directory, best["step"], abstract_params(setup)), best
+    directory = setup.workdir / "control" / best.candidate / "checkpoints"
+    return restore_ema(directory, best.evaluation.step, abstract_params(setup)), best

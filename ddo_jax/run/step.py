@@ -4,8 +4,9 @@ DDO, CCA and MLE differ in their objective only. Hyper-parameters that a search 
 so all candidates of a run share one compiled program.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ import optax
 
 from ddo_jax import sharding
 from ddo_jax.core import ddo, ema, phema, schedules
-from ddo_jax.run.state import averages, named_averages
+from ddo_jax.families import Family
+from ddo_jax.run.state import averages, named_averages, new_state, optimizer
 
 
 class Hyper(NamedTuple):
@@ -23,6 +25,46 @@ class Hyper(NamedTuple):
     beta: float
     lr: float
     noise: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What one compiled step is made for.
+
+    Attributes:
+      family, mesh: of the run. config: that part of the config: "pretrain", "ddo" or "control".
+      objective: "ddo", "cca" or "mle". warmup, total: in images.
+    """
+
+    family: Family
+    mesh: jax.sharding.Mesh
+    config: Any
+    objective: str
+    warmup: float
+    total: float
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return optimizer(self.config)
+
+
+class Inputs(NamedTuple):
+    """What a step reads beside its state.
+
+    Attributes:
+      frozen: the network's buffers. real, fake: records (images, labels); fake is None for "mle".
+      key: of the phase's steps. hyper: see there.
+      ref: the reference's parameters, or None: s_ref [B,2] is what it said of the pairs at this step's draws
+        (`reference_scores.ReferenceScores`), in their place.
+    """
+
+    frozen: Any
+    real: dict
+    fake: dict | None
+    key: jax.Array
+    hyper: Hyper
+    ref: Any = None
+    s_ref: Any = None
 
 
 def learning_rate(c, seen, *, lr, warmup: float, total: float):
@@ -42,33 +84,29 @@ def measured(x) -> tuple:
     return jnp.sum(x.astype(jnp.float32)), jnp.asarray(x.size, jnp.float32)
 
 
-def interleave(real, fake):
-    """Rows real_0, fake_0, real_1, ...: one forward pass for both, and no row changes its device."""
-    return jax.tree.map(lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:]), real, fake)
-
-
-def pair_objective(family, objective: str, params, ref_params, frozen, batch, hyper: Hyper):
-    """Loss and statistics of one (micro-)batch of B pairs. A pair shares its draws.
+def pair_objective(family: Family, objective: str, params, inputs: Inputs, pair: ddo.Pair):
+    """Loss and statistics of one (micro-)batch of pairs: `ddo.pair_objective` with the family's own functions.
 
     Args:
-      objective: "ddo" or "cca". batch: (real, fake, draws, s_ref): s_ref [B,2] is what the reference said of real and
-        fake rows, or None: it is asked here.
+      objective: "ddo" or "cca". inputs: frozen, hyper and ref are read. pair: of encoded examples.
     """
-    real, fake, draws, s_ref = batch
-    examples, both = interleave(real, fake), interleave(draws, draws)
-    s = family.score(params, frozen, examples, both)
-    if s_ref is None:
-        s_ref = family.score(ref_params, frozen, examples, both)
-    else:
-        s_ref = s_ref.reshape(-1)
-    r = family.ratio(s, jax.lax.stop_gradient(s_ref), examples, both).reshape(-1, 2)
-    nll = family.nll(s, examples, both).reshape(-1, 2)[:, 0]
-    labels = examples["label"].reshape(-1, 2)
-    loss, stats = family.pair_loss(objective, r, -nll, labels, draws, hyper.alpha, hyper.beta)
-    return loss, {**stats, "nll_real": measured(jax.lax.stop_gradient(nll))}
+    labels = jnp.stack([pair.real["label"], pair.fake["label"]], axis=1)
+    hyper = inputs.hyper
+
+    def loss(r_real, r_fake, s):
+        nll = family.nll(s, ddo.interleave(pair.real, pair.fake), ddo.interleave(pair.draws, pair.draws))
+        nll = nll.reshape(-1, 2)[:, 0]
+        r = jnp.stack([r_real, r_fake], axis=1)
+        total, stats = family.pair_loss(objective, r, -nll, labels, pair.draws, hyper.alpha, hyper.beta)
+        return total, {**stats, "nll_real": measured(jax.lax.stop_gradient(nll))}
+
+    def score(params, examples, draws):
+        return family.score(params, inputs.frozen, examples, draws)
+
+    return ddo.pair_objective(score, family.ratio, loss, params, inputs.ref, pair)
 
 
-def mle_objective(family, params, frozen, batch, key):
+def mle_objective(family: Family, params, frozen, batch, key):
     """Mean MLE loss of one (micro-)batch."""
     examples, draws = batch
     loss = family.mle_loss(params, frozen, examples, draws, key)
@@ -111,18 +149,19 @@ def decayed(c, seen, total: float):
     return schedules.cosine(seen, lr=c.weight_decay, final_lr=c.final_weight_decay, warmup=0, total=total - c.batch)
 
 
-def advance(family, state, grads, tx, c, hyper: Hyper, *, warmup: float, total: float):
-    """Optimizer step, EMAs of its (unprojected) output, step count."""
+def advance(training: Training, state, grads, lr):
+    """Optimizer step, EMAs of its (unprojected) output, step count. lr: of the candidate, before the schedule."""
+    c, total = training.config, training.total
     seen = state["step"].astype(jnp.float32) * c.batch
-    lr = learning_rate(c, seen, lr=hyper.lr, warmup=warmup, total=total)
+    rate = learning_rate(c, seen, lr=lr, warmup=training.warmup, total=total)
     if c.clip:
         grads, _ = optax.clip_by_global_norm(c.clip).update(grads, optax.EmptyState())
-    updates, opt = tx.update(grads, state["opt"], state["params"])
+    updates, opt = training.optimizer.update(grads, state["opt"], state["params"])
     if c.weight_decay or c.final_weight_decay:
-        rate = decayed(c, seen, total)
-        masks = family.decays(state["params"])
-        updates = jax.tree.map(lambda u, p, on: u + rate * p if on else u, updates, state["params"], masks)
-    params = jax.tree.map(lambda p, u: p - lr * u, state["params"], updates)
+        decay = decayed(c, seen, total)
+        masks = training.family.decays(state["params"])
+        updates = jax.tree.map(lambda u, p, on: u + decay * p if on else u, updates, state["params"], masks)
+    params = jax.tree.map(lambda p, u: p - rate * u, state["params"], updates)
     return {"params": params, **averaged(state, params, c, seen), "opt": opt, "step": state["step"] + 1}
 
 
@@ -142,52 +181,61 @@ def step_keys(key, k):
     return jax.random.split(jax.random.fold_in(key, k), 5)
 
 
-def make_step(family, c, tx, mesh, shapes, *, objective: str, warmup: float, total: float):
-    """The jitted step of a phase.
+def gradients(training: Training, params, inputs: Inputs, keys):
+    """(gradient, statistics) of one step's batch; keys: of `step_keys`."""
+    family, c = training.family, training.config
+    key_real, key_fake, key_draw, key_loss, key_augment = keys
+    real = family.encode(inputs.frozen, inputs.real, key_real)
+    draws = family.draw(key_draw, c.batch, inputs.hyper.noise)
+    if training.objective != "mle":
 
-    Args:
-      family: Family. c: the phase's config. tx: its optimizer. mesh: of `sharding.make_mesh`.
-      shapes: the state's ShapeDtypeStructs. objective: "ddo", "cca" or "mle". warmup, total: in images.
+        def pairs(params, pair, j):
+            return pair_objective(family, training.objective, params, inputs, pair)
 
-    Returns:
-      step(state, totals, ref, frozen, real, fake, key, hyper, s_ref=None) -> (state, totals). `real` and `fake` are
-      records (uint8 images, labels); "mle" ignores `ref` and `fake` (None). s_ref [B,2]: what the reference said of
-      the pairs at this step's draws (`asked.Asked`), in place of `ref`. `totals` accumulates the
-      statistics on the device, from `zero_totals`. `state` and `totals` are donated.
+        fake = family.encode(inputs.frozen, inputs.fake, key_fake)
+        return accumulated(pairs, params, ddo.Pair(real, fake, draws, inputs.s_ref), c.accumulation)
+
+    def loss(params, rows, j):
+        return mle_objective(family, params, inputs.frozen, rows, jax.random.fold_in(key_loss, j))
+
+    return accumulated(loss, params, (family.augment(real, key_augment), draws), c.accumulation)
+
+
+def make_step(training: Training):
+    """The jitted step of a phase: (state, totals, inputs) -> (state, totals).
+
+    `totals` accumulates the statistics on the device, from `zero_totals`. `state` and `totals` are donated.
     """
+    family, c, mesh = training.family, training.config, training.mesh
 
-    def gradients(params, ref, frozen, real, fake, s_ref, keys, hyper):
-        key_real, key_fake, key_draw, key_loss, key_augment = keys
-        real = family.encode(frozen, real, key_real)
-        draws = family.draw(key_draw, c.batch, hyper.noise)
-        if objective != "mle":
-
-            def loss(params, rows, j):
-                return pair_objective(family, objective, params, ref, frozen, rows, hyper)
-
-            fake = family.encode(frozen, fake, key_fake)
-            return accumulated(loss, params, (real, fake, draws, s_ref), c.accumulation)
-
-        def loss(params, rows, j):
-            return mle_objective(family, params, frozen, rows, jax.random.fold_in(key_loss, j))
-
-        return accumulated(loss, params, (family.augment(real, key_augment), draws), c.accumulation)
-
-    def step(state, totals, ref, frozen, real, fake, key, hyper, s_ref=None):
-        keys = step_keys(key, state["step"])
-        params = family.project(state["params"], objective)
+    def step(state, totals, inputs: Inputs):
+        keys = step_keys(inputs.key, state["step"])
+        params = family.project(state["params"], training.objective)
         with sharding.rows_over(mesh):
-            grads, stats = gradients(params, ref, frozen, real, fake, s_ref, keys, hyper)
+            grads, stats = gradients(training, params, inputs, keys)
         stats["grad_norm"] = measured(optax.tree.norm(grads)[None])
-        state = advance(family, {**state, "params": params}, grads, tx, c, hyper, warmup=warmup, total=total)
+        state = advance(training, {**state, "params": params}, grads, inputs.hyper.lr)
         return state, jax.tree.map(jnp.add, totals, stats)
 
+    shapes = jax.eval_shape(lambda k: new_state(family.init(k)[0], training.optimizer, c.ema_stds), jax.random.key(0))
     out = (sharding.tree_sharding(mesh, shapes), sharding.replicated(mesh))
     options = family.compiler_options or None
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=out, compiler_options=options)
 
 
-def make_ratio(family, c):
+def step_factory(config, family: Family, mesh):
+    """(objective, section, warmup, total in steps) -> the jitted step; phases of one kind share a compiled program,
+    whatever their alpha, beta, lr."""
+
+    @functools.cache
+    def build(objective: str, section: str, warmup: float, total: int):
+        c = config[section]
+        return make_step(Training(family, mesh, c, objective, warmup, total * c.batch))
+
+    return build
+
+
+def make_ratio(family: Family, c):
     """Jitted (params, ref, frozen, record, key, noise) -> r of one micro-batch of `c`, for histograms."""
 
     @functools.partial(jax.jit, compiler_options=family.compiler_options or None)

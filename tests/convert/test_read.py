@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from ddo_jax.convert import Released, from_torch, read, safetensors, to_torch
-from ddo_jax.convert.__main__ import main
+from ddo_jax.convert import __main__ as command
 from ddo_jax.convert.inert import UnsafeOrDamaged
 from ddo_jax.errors import UserError
 from ddo_jax.models.edm import from_config
+from tests.harness import exit_code
 
 from . import conftest as build
 
@@ -182,7 +183,7 @@ def test_command_round_trip(tmp_path, capsys):
         tmp_path / "b.safetensors",
         tmp_path / "c.npz",
     )
-    assert main([str(src), str(dst)]) == 0
+    assert exit_code(command.main, [str(src), str(dst)]) == 0
     out = capsys.readouterr().out.splitlines()
     rows = out[: len(state)]
     assert all(row.startswith(name) and row.endswith("matched") for name, row in zip(state, rows, strict=True))
@@ -195,17 +196,17 @@ def test_command_round_trip(tmp_path, capsys):
     released = read(dst)
     assert (released.kind, released.config) == ("edm", config)  # dropout too: our export records it
     assert_same(released.state_dict, state)
-    assert main([str(dst), str(again)]) == 0
+    assert exit_code(command.main, [str(dst), str(again)]) == 0
     with np.load(again) as f:
         assert json.loads(str(f["config"])) == config
         assert_same({k.removeprefix("param/"): f[k] for k in f.files if k.startswith("param/")}, state)
     capsys.readouterr()
 
     before = dst.read_bytes()
-    assert main([str(src), str(dst)]) == 2
+    assert exit_code(command.main, [str(src), str(dst)]) == 2
     assert capsys.readouterr().err == f"error: {dst}: exists; choose another name or pass --force to replace it\n"
-    assert main([str(src), str(dst), "--force"]) == 0 and dst.read_bytes() == before
-    assert main([str(src), "--dry_run"]) == 0 and sorted(p.name for p in tmp_path.iterdir()) == [
+    assert exit_code(command.main, [str(src), str(dst), "--force"]) == 0 and dst.read_bytes() == before
+    assert exit_code(command.main, [str(src), "--dry_run"]) == 0 and sorted(p.name for p in tmp_path.iterdir()) == [
         "a.pkl",
         "b.safetensors",
         "c.npz",
@@ -225,7 +226,7 @@ def test_command_refusals(tmp_path, capsys):
     ]
     for data, message in wrong:
         src = write(tmp_path, data)
-        assert main([str(src), str(tmp_path / "x.safetensors")]) == 2
+        assert exit_code(command.main, [str(src), str(tmp_path / "x.safetensors")]) == 2
         err = capsys.readouterr().err
         assert message in err and err.startswith("error: ") and err.count("\n") == 1
     src = write(tmp_path, build.nvidia(config, state))
@@ -236,7 +237,7 @@ def test_command_refusals(tmp_path, capsys):
         ([str(tmp_path / "absent"), "x.npz"], "no such file and no known name"),
         ([str(src), "x.npz", "--fast"], "unrecognized arguments: --fast"),
     ]:
-        assert main(args) == 2
+        assert exit_code(command.main, args) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ddo_jax.convert import __main__ as command
 from ddo_jax.convert import from_torch, infer, layout, read, safetensors, to_torch
-from ddo_jax.convert.__main__ import main
 from ddo_jax.convert.inert import UnsafeOrDamaged
+from tests.harness import exit_code
 
 from . import conftest as build
 from .test_read import assert_same, write
@@ -243,7 +244,7 @@ def test_autoencoders(vae, tmp_path):
 
 def run(capsys, *args):
     """(lines printed, exit code)."""
-    code = main([str(a) for a in args])
+    code = exit_code(command.main, [str(a) for a in args])
     seen = capsys.readouterr()
     assert code == 0 or seen.err.count("\n") == 1
     return seen.out.splitlines() + seen.err.splitlines(), code

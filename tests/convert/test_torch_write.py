@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddo_jax.convert import __main__ as command
 from ddo_jax.convert import from_torch, read, safetensors, to_torch, torch_write
-from ddo_jax.convert.__main__ import main
 from ddo_jax.convert.read import CONFIG_KEY, KIND_KEY
+from tests.harness import exit_code
 
 from . import conftest as build
 
@@ -211,7 +212,7 @@ def test_networks(kind, config, variables, dtype, tmp_path, capsys):
     _, back = from_torch(kind, released.config, released.state_dict)
     assert_same(to_torch(kind, released.config, back), released.state_dict)
 
-    assert main([str(tmp_path / "a.pth"), str(tmp_path / "b.pth")]) == 0
+    assert exit_code(command.main, [str(tmp_path / "a.pth"), str(tmp_path / "b.pth")]) == 0
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
     out = capsys.readouterr().out
     assert ("bfloat16 tensors stay so" in out) == (dtype == jnp.bfloat16)
@@ -227,12 +228,13 @@ def test_command_from_pickles_and_our_own_export(small_edm2, tmp_path, capsys):
     (tmp_path / "params.safetensors").write_bytes(safetensors.dumps(dict(sorted(weights.items())), metadata))
     for name, kind, expected in ("a.pkl", "edm2", state), ("params.safetensors", "edm", weights):
         dst = tmp_path / f"{kind}.pth"
-        assert main([str(tmp_path / name), str(dst)]) == 0, capsys.readouterr().err
+        assert exit_code(command.main, [str(tmp_path / name), str(dst)]) == 0, capsys.readouterr().err
         released = read(dst)
         assert released.kind == kind and set(released.extras["dtypes"].values()) <= {"float16", "float32"}
         assert_same(released.state_dict, expected)
         back = tmp_path / f"{kind}.safetensors"
-        assert main([str(dst), str(back)]) == 0 and (main([str(back), str(dst), "--force"]) == 0)
+        for argv in ([str(dst), str(back)], [str(back), str(dst), "--force"]):
+            assert exit_code(command.main, argv) == 0
         assert_same(read(dst).state_dict, expected)
 
 
@@ -244,7 +246,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(os, "replace", full)
     for name in ("b.pth", "b.safetensors"):
-        assert main([str(tmp_path / "a.pth"), str(tmp_path / name)]) == 2
+        assert exit_code(command.main, [str(tmp_path / "a.pth"), str(tmp_path / name)]) == 2
         err = capsys.readouterr().err
         assert err == f"error: {tmp_path / name}: cannot be written (No space left on device)\n"
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]

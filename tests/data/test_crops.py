@@ -228,7 +228,7 @@ def equal(a, b):
 def test_two_hosts_make_the_batch_of_one(source, flip):
     """Breaks if a crop depends on the number of hosts, on what was read before, or not on the seed."""
     whole = BatchSource(source, 6, 3, flip=flip)
-    parts = [BatchSource(source, 6, 3, flip=flip, host=h, hosts=2) for h in range(2)]
+    parts = [BatchSource(source, 6, 3, flip=flip, host=(h, 2)) for h in range(2)]
     for k in (4, 0, 9):
         joined = {key: np.concatenate([p[k][key] for p in parts]) for key in ("image", "label")}
         assert equal(joined, whole[k])

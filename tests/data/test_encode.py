@@ -292,7 +292,7 @@ def test_help_and_the_light_command(folder, tmp_path):
     made = [sys.executable, "-c", code, str(folder), str(tmp_path / "a.zip")]
     done = subprocess.run(made, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
-    for parser, wanted in ((command.make_parser(), "encode --help"), (command.encode_parser(), "--vae WHAT")):
+    for parser, wanted in ((command.parser(), "encode --help"), (command.encode_parser(), "--vae WHAT")):
         assert wanted in parser.format_help()
 
 

@@ -55,7 +55,7 @@ def test_labels_stay_with_their_images(source):
 def test_two_hosts_make_the_batch_of_one(source):
     """Breaks if order or flips depend on the number of hosts."""
     whole = BatchSource(source, BATCH, 0, flip=True)
-    parts = [BatchSource(source, BATCH, 0, flip=True, host=h, hosts=2) for h in range(2)]
+    parts = [BatchSource(source, BATCH, 0, flip=True, host=(h, 2)) for h in range(2)]
     for k in range(6):
         joined = {key: np.concatenate([p[k][key] for p in parts]) for key in ("image", "label")}
         assert equal(joined, whole[k])
@@ -65,7 +65,7 @@ def test_index_is_that_of_the_whole_batch(source):
     """Breaks if a host gets its own rows' indices, or an index is given unasked or of what flips make another."""
     whole = BatchSource(source, BATCH, 0)
     for host in range(2):
-        part = BatchSource(source, BATCH, 0, host=host, hosts=2, with_index=True)
+        part = BatchSource(source, BATCH, 0, host=(host, 2), with_index=True)
         for k in (0, 2):  # batch 2 spans two epochs
             index = part[k]["index"]
             assert index.dtype == np.int64 and np.array_equal(index, whole[k]["label"])  # labels number the examples
@@ -79,7 +79,7 @@ def test_index_is_that_of_the_whole_batch(source):
 def test_hosts_must_divide_the_batch(source):
     """Breaks if rows are dropped silently."""
     with pytest.raises(ValueError, match="10 .*3 hosts"):
-        BatchSource(source, BATCH, 0, hosts=3)
+        BatchSource(source, BATCH, 0, host=(0, 3))
 
 
 def test_resume_continues_the_stream(source):

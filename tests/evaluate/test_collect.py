@@ -7,12 +7,13 @@ import zipfile
 import numpy as np
 import pytest
 
-from ddo_jax.core import frechet, metrics
+from ddo_jax.core.stats import frechet, metrics
 from ddo_jax.data import images as codec
 from ddo_jax.data import pool
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate import collect, image_sets
 from ddo_jax.evaluate.features import FeatureNet
+from ddo_jax.generate import writers
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (40, 4, 4, 3), np.uint8)
@@ -178,18 +179,17 @@ def test_torn_files(tmp_path):
 
 def test_written_npz_is_what_openai_reads(tmp_path):
     """Breaks if a streamed arr_0 differs from np.savez's, or a torn one is left."""
-    writer = image_sets.NpzWriter(tmp_path / "x.npz", 40, (4, 4, 3))
     labels = np.arange(40, dtype=np.int32)
-    for record in records(IMAGES, 16, 32, labels=labels):
-        writer.add(record, record["image"])
-    assert not (tmp_path / "x.npz").exists()
-    writer.close()
+    with writers.NpzWriter(tmp_path / "x.npz", 40, (4, 4, 3)) as writer:
+        for record in records(IMAGES, 16, 32, labels=labels):
+            writer.add(record, record["image"])
+        assert not (tmp_path / "x.npz").exists()
     with np.load(tmp_path / "x.npz") as made:
         assert np.array_equal(made["arr_0"], IMAGES) and made["labels"].tolist() == made["seeds"].tolist() == [
             *range(40)
         ]
-    torn = image_sets.NpzWriter(tmp_path / "y.npz", 40, (4, 4, 3))
-    torn.abort()
+    with pytest.raises(ZeroDivisionError):
+        list(writers.written((1 / 0 for _ in range(1)), writers.NpzWriter(tmp_path / "y.npz", 40, (4, 4, 3)), 256))
     assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
 
 
@@ -207,9 +207,8 @@ def test_rechunk(ends):
         assert {len(p["image"]) for p in pieces[:-1]} <= {size} and len(pieces[-1]["image"]) <= size
 
 
-def test_accumulator_merges(monkeypatch):
+def test_accumulator_merges():
     """Breaks if rows are lost at the borders of what is merged."""
-    monkeypatch.setattr(collect, "ROWS", 8)
     x, sums = RNG.standard_normal((45, 3)) + 20, collect.Accumulator()
     for i in range(0, 45, 7):
         sums.add(x[i : i + 7])
@@ -224,7 +223,7 @@ def test_metrics_equal_those_of_all_features():
     wanted = ["fid", "sfid", "is", "pr", "kid", "fd_dinov2"]
     found = collect.collect(NETS, wanted, records(fake, 7, 20), 40)
     a, b = apply(real), apply(fake)
-    values = collect.compute(wanted, found, reference(real), NETS, a["features"])
+    values = collect.compute(wanted, found, {"real": reference(real)}, NETS, a["features"])
     fid = frechet.frechet_from_features(a["features"], b["features"])
     np.testing.assert_allclose(values["fid0.04k"], fid, rtol=1e-6)
     np.testing.assert_allclose(values["fd_dinov2_0.04k"], fid, rtol=1e-6)
@@ -234,7 +233,8 @@ def test_metrics_equal_those_of_all_features():
     np.testing.assert_allclose(values["is0.04k"], metrics.inception_score(b["logits"], splits=1).mean, rtol=1e-6)
     pr = metrics.precision_recall(a["features"], b["features"])
     assert (values["precision0.04k"], values["recall0.04k"]) == (pr.precision, pr.recall)
-    assert values["kid"] == metrics.kid(a["features"], b["features"], size=30).mean
+    expected = metrics.kid(a["features"], b["features"], size=30).mean
+    np.testing.assert_allclose(values["kid"], expected, rtol=1e-5)  # a network's rows depend on the batch by rounding
 
 
 def test_only_what_is_needed_is_kept():
@@ -277,7 +277,7 @@ def test_compare():
     interval, paired = collect.compare(a, a, ref, NET)
     assert paired and interval.low == interval.high == 0
     interval, paired = collect.compare(a, b, ref, NET)  # the same images in another order
-    assert paired and abs(interval.difference) < 1e-9 and interval.low < 0 < interval.high
+    assert paired and abs(interval.difference) < 1e-6 and interval.low < 0 < interval.high
     few = collect.collect({collect.MAIN: NET}, ["bootstrap"], records(IMAGES[:30]), 30)
     with pytest.raises(UserError, match="30 images against 40"):
         collect.compare(a, few, ref, NET)

@@ -12,10 +12,10 @@ from PIL import Image
 
 from ddo_jax import sample
 from ddo_jax.convert import safetensors
-from ddo_jax.core import frechet
+from ddo_jax.core.stats import frechet
 from ddo_jax.data import images as codec
 from ddo_jax.evaluate import __main__ as command
-from ddo_jax.evaluate import collect, features, references
+from ddo_jax.evaluate import collect, evaluator, features, references
 from ddo_jax.evaluate.features import FeatureNet
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -39,7 +39,8 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
     nets = {"inception": ("tiny net", "fid"), "dinov2": ("tiny dino", "fd_dinov2")}
     for name, (title, metric) in nets.items():
-        net = FeatureNet(title, f"{zlib.crc32(title.encode()):08x}", metric, 1.0, apply)
+        about = dict(kind=name, resize="TF1 bilinear 299")
+        net = FeatureNet(title, f"{zlib.crc32(title.encode()):08x}", metric, 1.0, apply, **about)
         monkeypatch.setitem(features.RELEASED, name, lambda weights, net=net: net)
         monkeypatch.delitem(features.DEFAULT_WEIGHTS, name)
 
@@ -87,16 +88,17 @@ def test_folder_zip_and_npz_score_alike(tmp_path, real, capsys):
     for name in ("set", "set.zip", "set.npz"):
         command.main([f"--images={name}", f"--ref={real}", "--metrics=fid,sfid,is,pr,kid"])
     records = lines()
-    plain = [{k: v for k, v in r.items() if k not in ("protocol", "what")} for r in records]
+    plain = [{k: v for k, v in r.items() if k not in ("protocol", "phase")} for r in records]
     assert plain[0] == plain[1] == plain[2]
     expected = frechet.frechet_from_features(apply(255 - IMAGES[:30])["features"], apply(IMAGES)["features"])
     np.testing.assert_allclose(records[0]["fid0.04k"], expected, rtol=1e-6)
     out, err = capsys.readouterr()
     assert "fid0.04k" in out and f"{expected:.6g}" in out and "compare only with the same number" in err
     made = records[0]["protocol"]
-    assert made["n_samples"] == 40 and made["reference"].startswith("real.npz ") and made["class_balance"]
+    assert made["n_samples"] == 40 and made["references"]["ref"].startswith("real.npz ") and made["class_balance"]
     assert made["features"] == {"inception": f"tiny net {zlib.crc32(b'tiny net'):08x}"}
-    assert "TF1 bilinear 299" in made["resize"]["inception"] and made["is"].startswith("blocks of 5000, file order")
+    assert "TF1 bilinear 299" in made["resize"]["inception"]
+    assert made["metrics"]["is"].startswith("blocks of 5000, file order")
     assert {"commit", "jax", "device", "time", "content", "quantised_to"} <= set(made)
     assert made["content"] == records[2]["protocol"]["content"] == f"{zlib.crc32(IMAGES):08x}"
 
@@ -147,8 +149,8 @@ def test_kept_npz(released, real):
 )
 def test_class_balance_is_said(capsys, labels, classes, verdict):
     """Breaks if unbalanced labels are scored without a word."""
-    job = command.Job("set", 100, (4, 4, 3), 256, classes, (), {})
-    assert command.balance(job, labels)["verdict"] == verdict
+    images = evaluator.Images("set", 100, (4, 4, 3), 256, classes, (), {})
+    assert evaluator.balance(images, labels)["verdict"] == verdict
     assert ("not balanced" in capsys.readouterr().err) == (verdict == "unbalanced")
 
 
@@ -161,7 +163,7 @@ def test_bootstrap(tmp_path, real, capsys):
     b, a = lines()
     np.testing.assert_allclose(a["fid0.04k_difference"], a["fid0.04k"] - b["fid0.04k"], rtol=1e-9)
     assert a["fid0.04k_low"] < a["fid0.04k_difference"] < a["fid0.04k_high"]
-    assert "paired by name" in a["protocol"]["bootstrap"]
+    assert "paired by name" in a["protocol"]["metrics"]["bootstrap"]
 
 
 def test_digits_network(tmp_path, capsys):
@@ -183,13 +185,13 @@ def test_digits_network(tmp_path, capsys):
         with pytest.raises(SystemExit):
             command.main(["--images=set", "--ref=digits", "--network=digits"])
         net = features.get_features("digits", sources.open_source("digits", "train"), references.cache_dir())
-    assert "digits classifier, 32 features does not take images of (16, 16, 3)" in capsys.readouterr().err
+    assert "takes images of 8x8x1, and these have 16x16x3; set --network" in capsys.readouterr().err
     record, three = lines()
     assert record["fd_x100"] == three["fd_x100"]
     train = net.apply(sources.open_source("digits", "train").images)["features"]
     expected = 100 * frechet.frechet_from_features(train, net.apply(digits)["features"])
     np.testing.assert_allclose(record["fd_x100"], expected, rtol=1e-4)
-    assert record["protocol"]["reference"].startswith("digits:train ")
+    assert record["protocol"]["references"]["ref"].startswith("digits:train ")
 
 
 def test_num_is_a_fixed_choice(tmp_path, real):
@@ -279,7 +281,7 @@ def test_is_alone_needs_no_reference(tmp_path, capsys):
     """Breaks if --ref is asked for where nothing is compared, or not where something is."""
     folder(tmp_path / "set")
     command.main(["--images=set", "--metrics=is"])
-    assert lines()[0]["protocol"]["reference"] is None and lines()[0]["is0.04k"] > 1
+    assert "references" not in lines()[0]["protocol"] and lines()[0]["is0.04k"] > 1
     with pytest.raises(SystemExit):
         command.main(["--images=set", "--metrics=is,fid"])
     assert "--ref: missing; fid need a reference" in capsys.readouterr().err

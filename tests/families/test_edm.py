@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddo_jax.config import base
 from ddo_jax.errors import UserError
 from ddo_jax.families import get_family
 from ddo_jax.families.codecs import Pixels, to_uint8, to_unit
-from ddo_jax.run.config import base
 
 B = 4
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ddo_jax import convert, sharding
+from ddo_jax.config import base
 from ddo_jax.convert import safetensors
 from ddo_jax.convert.read import Released
 from ddo_jax.errors import UserError
@@ -18,7 +19,6 @@ from ddo_jax.families import codecs, from_released, get_family
 from ddo_jax.families.codecs import Latents, in_parts, to_uint8, to_unit
 from ddo_jax.models import edm2 as networks
 from ddo_jax.run import rounds
-from ddo_jax.run.config import base
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 B = 4
@@ -201,9 +201,9 @@ def test_guidance_with_an_unconditional_network():
 
 def test_both_solvers_are_in_the_settings():
     c, fam = base(), family()
-    assert fam.nfe(fam.settings(c.sampler)) == 35 and fam.settings(c.sampler).grid == "float32"
+    assert fam.settings(c.sampler).nfe == 35 and fam.settings(c.sampler).grid == "float32"
     c.sampler.update(solver="dpmv3", num_steps=25)
-    assert fam.nfe(fam.settings(c.sampler)) == 25
+    assert fam.settings(c.sampler).nfe == 25
     for change, words in (({"num_steps": 200}, "config.sampler"), ({"s_churn": 1.0}, "adds no noise")):
         spoiled = base()
         spoiled.sampler.update(solver="dpmv3", **change)
@@ -263,7 +263,7 @@ def test_released_file_and_back():
         np.testing.assert_array_equal(value, half[name].astype(np.float32))
     again = base()
     from_released(again, Released("edm2", json.loads(metadata["ddo_jax_config"]), arrays, {"metadata": metadata}))
-    assert get_family(again).image_shape == fam.image_shape
+    assert get_family(again).spec == fam.spec
 
 
 def test_few_grey_levels_survive_a_file():
@@ -271,7 +271,7 @@ def test_few_grey_levels_survive_a_file():
     arrays, metadata = family().export(*jax.tree.map(np.asarray, variables()))
     c = base()
     from_released(c, Released("edm2", json.loads(metadata["ddo_jax_config"]), arrays, {"metadata": metadata}))
-    assert get_family(c).levels == 17 and get_family(c).record_shapes == ((8, 8, 1),)
+    assert get_family(c).spec == family().spec
 
 
 def test_the_encoders_constants_come_from_the_file():
@@ -285,14 +285,13 @@ def test_the_encoders_constants_come_from_the_file():
     codec = codecs.Latents("", (64, 64, 3), (8, 8, 4), tuple(c.model.latent_mean), tuple(c.model.latent_std), 0.5, 256)
     np.testing.assert_allclose(codec.scale.ravel(), scale, rtol=1e-6)
     np.testing.assert_allclose(codec.bias.ravel(), bias, rtol=1e-6, atol=1e-9)
-    assert get_family(c).image_shape == (64, 64, 3) and get_family(c).record_shapes == ((64, 64, 3), (8, 8, 8))
+    assert [r.shape for r in get_family(c).spec.data] == [(64, 64, 3), (8, 8, 8)]
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
         (lambda c: c.model.update(chanel_mult=(1,)), "chanel_mult"),
-        (lambda c: c.data.update(augment=0.1), "EDM2 networks cannot be told"),
         (lambda c: c.model.update(vae="x", latent_mean=(1.0, 2.0)), "latent_mean"),
         (lambda c: c.model.update(vae="x", latent_mean=(0.0,), latent_std=(0.0,)), "latent_std.*above 0"),
         (lambda c: c.model.update(arch="SongUNet"), "'SongUNet'; allowed for family edm2: UNet"),

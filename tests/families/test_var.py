@@ -11,14 +11,15 @@ import optax
 import pytest
 
 from ddo_jax import convert
+from ddo_jax.config import base
 from ddo_jax.convert import safetensors, vqvae
 from ddo_jax.convert.read import Released
+from ddo_jax.core.ddo import Pair
 from ddo_jax.errors import UserError
 from ddo_jax.families import from_released, get_family
 from ddo_jax.families.var import released_arguments
 from ddo_jax.models.vqvae import KEYS, from_config
 from ddo_jax.run import step
-from ddo_jax.run.config import base
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "var_small.npz"
 CONFIG = dict(depth=2, embed_dim=16, num_heads=2, patch_nums=(1, 2, 4), vocab_size=12, z_channels=4)
@@ -107,7 +108,7 @@ def test_likelihoods(golden):
     draws = {"dropped": jnp.asarray(dropped)}
     s = jax.jit(family.score)(params, frozen, examples, draws)
     np.testing.assert_allclose(s, arrays["tf/logp"], rtol=1e-6, atol=1e-4)
-    np.testing.assert_allclose(np.mean(-s) / family.record_shapes[1][0], arrays["tf/ce_mean"], rtol=1e-5)
+    np.testing.assert_allclose(np.mean(-s) / family.spec.stored.shape[0], arrays["tf/ce_mean"], rtol=1e-5)
     np.testing.assert_array_equal(family.version(draws), dropped)
 
 
@@ -125,8 +126,8 @@ def graded(golden):
         family = get_family(own)
 
         def loss(params, s_ref, dropped, alpha, beta):
-            rows, hyper = (real, fake, {"dropped": dropped}, s_ref), step.Hyper(alpha, beta, 1.0, (0.0, 1.0))
-            return step.pair_objective(family, "ddo", params, ref, frozen, rows, hyper)
+            inputs = step.Inputs(frozen, real, fake, None, step.Hyper(alpha, beta, 1.0, (0.0, 1.0)), ref)
+            return step.pair_objective(family, "ddo", params, inputs, Pair(real, fake, {"dropped": dropped}, s_ref))
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
@@ -193,7 +194,7 @@ def test_tokens_of_pixels_and_back(small, vae):
     apply = jax.jit(module.apply, static_argnames="method")
     np.testing.assert_array_equal(examples["tokens"], apply(variables, x, method="tokens"))
     stored = family.store(frozen, examples)
-    assert stored["image"].shape == (B, 21) and stored["image"].dtype == family.record_dtype((21,)) == np.int32
+    assert stored["image"].shape == (B, 21) and stored["image"].dtype == family.spec.stored.dtype == np.int32
     again = family.encode(frozen, stored, jax.random.key(1))
     np.testing.assert_array_equal(again["tokens"], examples["tokens"])
     pixels = apply(variables, apply(variables, examples["tokens"], method="f_hat"), method="decode")
@@ -319,7 +320,7 @@ def test_export_and_import(small, vae):
         from_released(c, released)
     assert (c.model.vae, c.model.levels, c.model.img_resolution, c.model.label_dim) == (vae, 17, 8, 10)
     again = get_family(c)
-    assert again.image_shape == (8, 8, 1) and again.record_shapes == ((8, 8, 1), (21,))
+    assert again.spec == family.spec
     for a, b in zip(jax.tree.leaves(again.imported(released)[0]), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -360,5 +361,5 @@ def test_settings_that_are_refused(small):
     ):
         with pytest.raises(UserError, match=words):
             family.settings(given)
-    with pytest.raises(UserError, match="no guide of another network"):
+    with pytest.raises(UserError, match="no guide of another one"):
         family.guide(None, None, None)

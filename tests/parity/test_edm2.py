@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddo_jax import sharding
+from ddo_jax import config, sharding
 from ddo_jax.convert import from_torch, to_torch
 from ddo_jax.core import ddo, edm, samplers
 from ddo_jax.data.labels import balanced_labels
 from ddo_jax.families.codecs import Pixels
 from ddo_jax.families.edm2 import EDM2
 from ddo_jax.models import edm2
-from ddo_jax.run import config, state, step
+from ddo_jax.run import state, step
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 TOLERANCE = {"out": 1e-5, "grad": 5e-4, "loss": 1e-5, "logp": 1e-5, "norm": 1e-5, "cosdot": 2e-4}  # relative

@@ -10,7 +10,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from ddo_jax.convert import from_torch
-from ddo_jax.core.metrics import inception_score
+from ddo_jax.core.stats.metrics import inception_score
 from ddo_jax.models import inception
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

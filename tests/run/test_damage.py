@@ -9,9 +9,8 @@ import pytest
 from ddo_jax import files
 from ddo_jax.data import tree
 from ddo_jax.errors import UserError
-from ddo_jax.run import selfplay
-
-from .conftest import micro_config
+from ddo_jax.run import main_job
+from tests.harness import micro_config
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +20,7 @@ def finished(tmp_path_factory, fitted):
     shutil.copy(fitted[1], workdir)
     config = micro_config()
     config.keep = "all"
-    selfplay.run(config, workdir)
+    main_job.run(config, workdir)
     return config, workdir
 
 
@@ -80,7 +79,7 @@ def test_in_the_middle_of_a_round(finished, workdir, name, how, capsys):
     """Breaks if a changed score, a lost chunk or a torn record changes what the round decides, or stops it."""
     back(workdir)
     damage(workdir / name, how)
-    selfplay.run(finished[0], workdir)
+    main_job.run(finished[0], workdir)
     assert result(workdir) == result(finished[1])
     if not name.endswith(".jsonl"):
         assert f"{workdir / name}" in capsys.readouterr().err
@@ -92,7 +91,7 @@ def test_exchanged_chunks(finished, workdir, capsys):
     a, b = (workdir / f"rounds/001/pool/chunk-0000{i}.npz" for i in range(2))
     first, second = a.read_bytes(), b.read_bytes()
     a.write_bytes(second), b.write_bytes(first)
-    selfplay.run(finished[0], workdir)
+    main_job.run(finished[0], workdir)
     assert result(workdir) == result(finished[1]) and "does not match its digest" in capsys.readouterr().err
 
 
@@ -102,7 +101,7 @@ def test_another_feature_network(finished, workdir, capsys):
     path = workdir / "features-digits.npz"
     with np.load(path) as arrays:
         np.savez(path, **{k: v * 1.01 for k, v in arrays.items()})
-    selfplay.run(finished[0], workdir)
+    main_job.run(finished[0], workdir)
     assert result(workdir) == result(finished[1])
     assert "not the network that this run is judged by: made again" in capsys.readouterr().err
 
@@ -123,7 +122,7 @@ FINISHED = [
 def test_of_a_finished_run(finished, workdir, name, how):
     """Breaks if the report is printed over a result that is gone, or a record's other digit is believed."""
     damage(workdir / name, how)
-    selfplay.run(finished[0], workdir)
+    main_job.run(finished[0], workdir)
     assert result(workdir) == result(finished[1])
     assert (workdir / name).stat().st_size > 0
 
@@ -142,14 +141,14 @@ def test_what_cannot_be_made_again_is_one_line(finished, workdir, name, how, wor
     """Breaks if it is a traceback, or the file and the mend are not named."""
     damage(workdir / name, how)
     with pytest.raises(UserError, match=words) as e:
-        selfplay.run(finished[0], workdir)
+        main_job.run(finished[0], workdir)
     assert "\n" not in str(e.value)
 
 
 def test_a_lost_result_of_a_decided_round_is_said(finished, workdir, capsys):
     """Breaks if lines leave evals.jsonl without a word."""
     damage(workdir / "rounds/001/a4_b0.2/result.json", "gone")
-    selfplay.run(finished[0], workdir)
+    main_job.run(finished[0], workdir)
     assert "a4_b0.2: its result is lost" in capsys.readouterr().err
     assert len(result(workdir)[3]) < len(result(finished[1])[3])
 
@@ -159,7 +158,7 @@ def test_what_killed_writers_left_is_removed(finished, workdir):
     back(workdir)
     left = workdir / "rounds/001/pool" / f".chunk-00007.npz.{files.host_id()}-{2**22 + 1}-{'0' * 16}.tmp"
     left.write_bytes(b"x")
-    selfplay.run(finished[0], workdir)
+    main_job.run(finished[0], workdir)
     assert not left.exists() and not list(workdir.rglob("*.tmp"))
 
 
@@ -175,5 +174,5 @@ def test_a_workdir_of_an_older_version(finished, workdir, capsys):
     for path in workdir.rglob("chunk-*.npz"):
         with np.load(path) as arrays:
             np.savez(path, images=arrays["images"], labels=arrays["labels"])
-    selfplay.run(finished[0], workdir)
+    main_job.run(finished[0], workdir)
     assert result(workdir) == result(finished[1]) and "warning" not in capsys.readouterr().err

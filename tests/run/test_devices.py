@@ -20,10 +20,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
 from ddo_jax import sharding
 from ddo_jax.data.sources import ArraySource
-from ddo_jax.evaluate import digits, score
+from ddo_jax.evaluate import digits, image_sets, references
+from ddo_jax.evaluate.evaluator import Evaluator, Images
 from ddo_jax.evaluate.features import FeatureNet
 from ddo_jax.families import get_family
-from ddo_jax.run import config as configs
+from ddo_jax import config as configs
+from ddo_jax.generate.sampler import Guide, make_sampler
 from ddo_jax.run import rounds, state, step
 
 c = configs.base()
@@ -50,33 +52,34 @@ start, frozen = jax.tree.map(np.asarray, jax.jit(family.init)(key))
 if sys.argv[1] == "edm2":
     start = jax.tree.map(lambda v: v if v.ndim else np.ones((), np.float32), start)  # gains: 0 at the start
     frozen |= family.companions()
-    guide = score.Guide(family, jax.tree.map(lambda v: 0.5 * v, start), frozen, 1.5)
+    guide = Guide(family, jax.tree.map(lambda v: 0.5 * v, start), frozen, 1.5)
 weights = [(rng.normal(size=s).astype(np.float32), np.zeros(s[1], np.float32)) for s in ((64, 32), (32, 10))]
 
 def apply(x):
     f, logits = digits.features_and_logits(tuple(weights), x)
     return {"features": np.asarray(f), "class_logits": np.asarray(logits)}
 
-network = FeatureNet("random", "0", "fd", 1.0, apply)
+network = FeatureNet("random", "0", "fd", 1.0, apply, levels=17, fitted=True)
 
 def everything(devices, fsdp):
     mesh = sharding.make_mesh(fsdp, devices)
-    tx = state.optimizer(c.ddo)
     first, ref = rounds.anchors(family, mesh, sharding.place(mesh, start))
-    current = sharding.place(mesh, state.new_state(first, tx, c.ddo.ema_stds))
-    shapes = jax.eval_shape(lambda: current)
-    advance = step.make_step(family, c.ddo, tx, mesh, shapes, objective="ddo", warmup=0.0, total=1e6)
+    training = step.Training(family, mesh, c.ddo, "ddo", warmup=0.0, total=1e6)
+    current = sharding.place(mesh, state.new_state(first, training.optimizer, c.ddo.ema_stds))
+    advance = step.make_step(training)
     totals = sharding.replicate(mesh, step.zero_totals("ddo"))
     hyper, k = step.Hyper(4.0, 0.2, 1e-3, (-0.4, 1.2)), sharding.replicate(mesh, key)
     for i in range(2):
         parts = [sharding.put_batch(mesh, {"image": records[j::4], "label": labels[j::4]}) for j in (i, i + 2)]
-        current, totals = advance(current, totals, ref, frozen, *parts, k, hyper)
+        current, totals = advance(current, totals, step.Inputs(frozen, *parts, k, hyper, ref))
     spread = {str(x.sharding.spec) for x in jax.tree.leaves(current["params"])}
-    sampler = score.make_sampler(family, family.settings(c.sampler), mesh, 16, guide=guide)
+    sampler = make_sampler(family, family.settings(c.sampler), mesh, 16, guide=guide)
     seeds = np.arange(40)
     sampled = list(sampler(current["ema"], frozen, seeds, seeds % 10))
-    reference = {"train": score.reference(network, images)}
-    found, _ = score.score(network, reference, iter(sampled))
+    real = ArraySource("real", images, labels, 10)
+    reference = references.of_images(lambda n: image_sets.of_source(real, n, 17), {"fid": 32}, {"main": network})
+    fake = Images("fake", 40, (8, 8, 1), 17, 10, sampled, {"quantised_to": "17 levels"})
+    found = Evaluator({"main": network}, {"train": reference}).score(fake, ["fid"]).values
     made = np.concatenate([r["image"] for r in sampled])
     return jax.tree.map(np.asarray, current), jax.device_get(totals), made, found, spread
 
@@ -101,10 +104,10 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
 from ddo_jax import sharding
-from ddo_jax.evaluate import score
+from ddo_jax import config as configs
 from ddo_jax.families import get_family
-from ddo_jax.run import config as configs
-from ddo_jax.run import asked, fakes, state, step
+from ddo_jax.generate.sampler import make_sampler
+from ddo_jax.run import fakes, loop, reference_scores, state, step
 
 c = configs.base()
 c.family = "var"
@@ -123,16 +126,16 @@ hyper, settings = step.Hyper(4.0, 0.2, 1e-3, (0.0, 1.0)), family.fake_settings(f
 def everything(devices, fsdp):
     mesh = sharding.make_mesh(fsdp, devices)
     ref, whole = sharding.place(mesh, start), sharding.place(mesh, frozen)
-    tx = state.optimizer(c.ddo)
-    current = sharding.place(mesh, state.new_state(ref, tx))
-    shapes = jax.eval_shape(lambda: current)
-    advance = step.make_step(family, c.ddo, tx, mesh, shapes, objective="ddo", warmup=0.0, total=1e6)
+    training = step.Training(family, mesh, c.ddo, "ddo", warmup=0.0, total=1e6)
+    current = sharding.place(mesh, state.new_state(ref, training.optimizer))
+    advance = step.make_step(training)
     totals, key = sharding.replicate(mesh, (step.zero_totals("ddo"), jax.random.key(5)))
-    sampler = score.make_sampler(family, settings, mesh, 16, output="records")
+    sampler = make_sampler(family, settings, mesh, 16, output="records")
     pair = fakes.online(mesh, functools.partial(sampler, ref, whole), 16, 2, 0, False)(0)
-    kept = {"real": asked.Kept(32), "fake": asked.Kept(32)}
-    phase = SimpleNamespace(ref=ref, hyper=hyper)
-    asks = asked.Asked(asked.programs(family, c.ddo, mesh), mesh, whole, phase, key, kept)
+    kept = {"real": reference_scores.Kept(32), "fake": reference_scores.Kept(32)}
+    phase = SimpleNamespace(partners=loop.Partners(ref, None, kept), hyper=hyper)
+    programs = reference_scores.programs(family, c.ddo, mesh)
+    asks = reference_scores.ReferenceScores(programs, mesh, whole, phase, key)
     tokens = jax.jit(lambda f, r: family.store(f, family.encode(f, r, key)))
     seen = []
     for k in range(2):
@@ -142,7 +145,7 @@ def everything(devices, fsdp):
         fake, own = pair(k, real)
         s_ref = asks(k, {"real": real, "fake": fake}, {"real": rows, "fake": own})
         seen += [real["image"], fake["image"], s_ref]
-        arguments = (current, totals, None, whole, real, fake, key, hyper, s_ref)
+        arguments = (current, totals, step.Inputs(whole, real, fake, key, hyper, s_ref=s_ref))
         if k == 0:
             kept_over_devices = advance.lower(*arguments).as_text().count("sharding_constraint")
         current, totals = advance(*arguments)

@@ -8,18 +8,22 @@ import pytest
 
 from ddo_jax import convert, files
 from ddo_jax.errors import UserError
-from ddo_jax.run import loop, rounds, search, snapshots
+from ddo_jax.evaluate.records import Evaluation, Protocol
+from ddo_jax.run import jobs, loop, rounds
+from ddo_jax.store import snapshots
 
 
 @pytest.fixture
 def run(setup, tmp_path):
     """A function that prepares a phase of `setup` in a directory: run(name, total, **changes)."""
 
-    def make(name, total, tools=setup.tools, **changes):
-        own = setup._replace(workdir=setup.workdir.__class__(tmp_path))
-        params = jax.tree.map(np.asarray, setup.tools.family.init(jax.random.key(0))[0])
-        phase = rounds.phase(own, "pretrain", name, params, total=total, **changes)
-        return dataclasses.replace(phase, save_every=2), tools
+    own = dataclasses.replace(setup, workdir=setup.workdir.__class__(tmp_path))
+
+    def make(name, total, lr=None):
+        params = jax.tree.map(np.asarray, setup.family.init(jax.random.key(0))[0])
+        c = setup.config.pretrain
+        phase = rounds.phase(own, "pretrain", name, params, steps=total, hyper=rounds.hyper(c, lr=lr))
+        return dataclasses.replace(phase, save_every=2), own
 
     return make
 
@@ -28,10 +32,10 @@ def leaves(state):
     return [np.asarray(x) for x in jax.tree.leaves(state)]
 
 
-def final(phase, tools):
+def final(phase, setup):
     with loop.Checkpoints(phase.directory / "checkpoints") as c:
         fresh = loop.state.new_state(phase.start, loop.state.optimizer(phase.config), phase.config.ema_stds)
-        abstract = loop.sharding.abstract(tools.mesh, jax.eval_shape(lambda: fresh))
+        abstract = loop.sharding.abstract(setup.mesh, jax.eval_shape(lambda: fresh))
         return c.restore_latest(abstract)
 
 
@@ -41,8 +45,8 @@ class Stop(Exception):
 
 def test_four_steps_are_two_and_two(run, monkeypatch):
     """Breaks if anything of the state, the data position or the noise is lost over a restart."""
-    whole, tools = run("whole", 4)
-    loop.train(whole, tools)
+    whole, setup = run("whole", 4)
+    loop.train(whole, setup)
     halved, _ = run("halved", 4)
 
     def stop_after_three(self, done, totals, write=loop._Loop.write):
@@ -53,33 +57,32 @@ def test_four_steps_are_two_and_two(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(loop._Loop, "write", stop_after_three)
         with pytest.raises(Stop):
-            loop.train(halved, tools)
-    assert final(halved, tools)[1]["step"] == 2
-    result = loop.train(halved, tools)
+            loop.train(halved, setup)
+    assert final(halved, setup)[1]["step"] == 2
+    result = loop.train(halved, setup)
     assert result["steps"] == 4
-    for a, b in zip(leaves(final(whole, tools)[0]), leaves(final(halved, tools)[0]), strict=True):
+    for a, b in zip(leaves(final(whole, setup)[0]), leaves(final(halved, setup)[0]), strict=True):
         np.testing.assert_array_equal(a, b)
     steps = [[r["step"] for r in files.read_jsonl(p.directory / "metrics.jsonl")] for p in (whole, halved)]
     assert steps[0] == steps[1] == [1, 2, 3, 4]
 
 
 def averaging(run, name, total):
-    """A phase that tracks two lengths and writes snapshots every other step, and the tools for it."""
-    phase, tools = run(name, total)
+    """A phase that tracks two lengths and writes snapshots every other step, and the setup for it."""
+    phase, setup = run(name, total)
     c = phase.config.copy_and_resolve_references()
     c.update(batch=1024, ema_stds=(0.05, 0.1))
     c.snapshot_every.steps = 2
-    tx = loop.state.optimizer(c)
-    shapes = jax.eval_shape(lambda: loop.state.new_state(phase.start, tx, c.ema_stds))
-    jitted = loop.step.make_step(tools.family, c, tx, tools.mesh, shapes, objective="mle", warmup=0.0, total=1e6)
+    jitted = loop.step.make_step(loop.step.Training(setup.family, setup.mesh, c, "mle", warmup=0.0, total=1e6))
     phase = dataclasses.replace(phase, config=c, save_every=3)
-    return phase, dataclasses.replace(tools, step_for=lambda _: jitted)
+    programs = dataclasses.replace(setup.programs, step_for=lambda *_: jitted)
+    return phase, dataclasses.replace(setup, programs=programs)
 
 
 def test_snapshots_and_lengths_survive_a_restart(run, monkeypatch):
     """Breaks if an EMA length, or a snapshot after the last checkpoint, is lost or changed over a restart."""
-    whole, tools = averaging(run, "whole", 5)
-    loop.train(whole, tools)
+    whole, setup = averaging(run, "whole", 5)
+    loop.train(whole, setup)
     halved, _ = averaging(run, "halved", 5)
 
     def stop_before_the_end(self, done, totals, write=loop._Loop.write):
@@ -93,12 +96,12 @@ def test_snapshots_and_lengths_survive_a_restart(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(loop._Loop, "write", stop_before_the_end)
         with pytest.raises(Stop):
-            loop.train(halved, tools)
-    assert final(halved, tools)[1]["step"] == 3 and len(files_of(halved)) == 4
+            loop.train(halved, setup)
+    assert final(halved, setup)[1]["step"] == 3 and len(files_of(halved)) == 4
     for path in (halved.directory / "snapshots").glob("*-0000004-*"):  # of step 4, after the checkpoint
         path.write_bytes(b"torn")
-    loop.train(halved, tools)
-    states = [final(phase, tools)[0] for phase in (whole, halved)]
+    loop.train(halved, setup)
+    states = [final(phase, setup)[0] for phase in (whole, halved)]
     assert list(states[0]["emas"]) == ["0.100"]
     for a, b in zip(*map(leaves, states), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -106,7 +109,7 @@ def test_snapshots_and_lengths_survive_a_restart(run, monkeypatch):
     found = snapshots.find(str(whole.directory))
     assert [(s.images, s.std) for s in found] == [(n * 1024, std) for n in (2, 4, 5) for std in (0.05, 0.1)]
     for snapshot, ema in zip(found[-2:], (states[0]["ema"], states[0]["emas"]["0.100"]), strict=True):
-        arrays, _ = tools.family.export(jax.tree.map(np.asarray, ema), tools.frozen)
+        arrays, _ = setup.family.export(jax.tree.map(np.asarray, ema), setup.frozen)
         stored = convert.read(snapshot.path).state_dict
         for name, array in arrays.items():
             np.testing.assert_array_equal(stored[name], np.asarray(array).astype(np.float16), err_msg=name)
@@ -114,32 +117,34 @@ def test_snapshots_and_lengths_survive_a_restart(run, monkeypatch):
 
 def test_snapshots_come_before_the_checkpoint(run, monkeypatch):
     """Breaks if a job killed between the two resumes after a snapshot that was never written."""
-    phase, tools = averaging(run, "order", 2)
+    phase, setup = averaging(run, "order", 2)
 
     def fail(*_):
         raise Stop
 
     monkeypatch.setattr(loop.snapshots, "write", fail)
     with pytest.raises(Stop):
-        loop.train(phase, tools)
+        loop.train(phase, setup)
     assert list((phase.directory / "checkpoints").iterdir()) == []
 
 
 def test_not_a_number_stops_the_run(run):
     """Breaks if a diverged run goes on, or overwrites its last good checkpoint."""
-    good, tools = run("nan", 2)
-    loop.train(good, tools)
+    good, setup = run("nan", 2)
+    loop.train(good, setup)
     diverging, _ = run("nan", 6, lr=float("inf"))
-    task = search.Task(diverging.directory, lambda: loop.train(diverging, tools))
+    task = jobs.Task(diverging.directory, lambda: loop.train(diverging, setup))
     with pytest.raises(UserError, match=r"nan: .* (nan|inf) between steps \d and \d; no checkpoint was overwritten"):
-        search.divide([task], lease_s=60.0)
+        jobs.divide([task], lease_s=60.0)
     assert not (diverging.directory / "result.json").exists()
-    state, meta = final(good, tools)
+    state, meta = final(good, setup)
     assert meta["step"] == 2 and all(np.isfinite(x).all() for x in leaves(state))
 
 
 def test_best_of():
     """Breaks if the last, the largest or a NaN wins."""
-    evals = [{"step": s, "fd": v} for s, v in ((1, 3.0), (2, 1.0), (3, float("nan")), (4, 1.0), (5, 2.0))]
-    assert loop.best_of(evals, "fd")["step"] == 2
-    assert loop.best_of([], "fd") is None
+    about = Protocol(n_samples=2, content="", size="", quantised_to="")
+    scores = ((1, 3.0), (2, 1.0), (3, float("nan")), (4, 1.0), (5, 2.0))
+    evals = [Evaluation("fd", {"fd": v}, about, step=s) for s, v in scores]
+    assert loop.best_of(evals).step == 2
+    assert loop.best_of([]) is None

@@ -11,20 +11,20 @@ from ddo_jax.run import state, step
 
 
 def build(setup, objective, **changes):
-    """(step, fresh state, arguments after it) of a phase; `changes` go into its config."""
+    """(step, fresh state, inputs but for key and hyper) of a phase; `changes` go into its config."""
     c = setup.config["ddo" if objective == "ddo" else "pretrain"].copy_and_resolve_references()
     c.update(changes)
-    tools = setup.tools
-    tx = state.optimizer(c)
-    params, _ = tools.family.init(jax.random.key(1))
-    fresh = sharding.place(tools.mesh, state.new_state(params, tx, c.ema_stds))
-    jitted = step.make_step(
-        tools.family, c, tx, tools.mesh, jax.eval_shape(lambda: fresh), objective=objective, warmup=0.0, total=1e6
-    )
-    record = {k: np.asarray(v) for k, v in tools.data.read(np.arange(2 * c.batch)).items()}
+    training = step.Training(setup.family, setup.mesh, c, objective, warmup=0.0, total=1e6)
+    params, _ = setup.family.init(jax.random.key(1))
+    fresh = sharding.place(setup.mesh, state.new_state(params, training.optimizer, c.ema_stds))
+    record = {k: np.asarray(v) for k, v in setup.data.read(np.arange(2 * c.batch)).items()}
     real, fake = ({k: v[part] for k, v in record.items()} for part in (slice(None, c.batch), slice(c.batch, None)))
-    rest = (params, tools.frozen, real, fake) if objective == "ddo" else (None, tools.frozen, real, None)
-    return jitted, fresh, rest
+    partners = dict(fake=fake, ref=params) if objective == "ddo" else dict(fake=None)
+
+    def inputs(key, hyper):
+        return step.Inputs(setup.frozen, real, key=key, hyper=hyper, **partners)
+
+    return step.make_step(training), fresh, inputs
 
 
 def hyper(alpha=4.0, beta=0.2, lr=1e-3, noise=(-0.4, 1.2)):
@@ -32,13 +32,13 @@ def hyper(alpha=4.0, beta=0.2, lr=1e-3, noise=(-0.4, 1.2)):
 
 
 def zero(setup, objective):
-    return sharding.replicate(setup.tools.mesh, step.zero_totals(objective))
+    return sharding.replicate(setup.mesh, step.zero_totals(objective))
 
 
 def test_first_step_is_at_the_reference(setup):
     """Breaks if anything random or imprecise stands between target and reference, or a term is mis-weighted."""
-    jitted, fresh, rest = build(setup, "ddo")
-    _, totals = jitted(fresh, zero(setup, "ddo"), *rest, jax.random.key(0), hyper(alpha=3.0))
+    jitted, fresh, inputs = build(setup, "ddo")
+    _, totals = jitted(fresh, zero(setup, "ddo"), inputs(jax.random.key(0), hyper(alpha=3.0)))
     stats = ddo.summarize({k: v for k, v in totals.items() if k not in ("grad_norm", "nll_real")})
     assert stats["r_real_std"] == 0 and stats["r_fake_std"] == 0 and stats["accuracy"] == 0.5
     np.testing.assert_allclose([stats["loss_real"], stats["loss_fake"]], [np.log(2), 3 * np.log(2)], rtol=1e-6)
@@ -50,8 +50,8 @@ def test_accumulation_changes_memory_only(setup, objective):
     results = []
     for parts in (1, 2, 4):
         # eps as large as the gradients: Adam's first step would hide a wrong scale
-        jitted, fresh, rest = build(setup, objective, accumulation=parts, eps=1.0)
-        after, totals = jitted(fresh, zero(setup, objective), *rest, jax.random.key(0), hyper(lr=1.0))
+        jitted, fresh, inputs = build(setup, objective, accumulation=parts, eps=1.0)
+        after, totals = jitted(fresh, zero(setup, objective), inputs(jax.random.key(0), hyper(lr=1.0)))
         results.append((after, {k: v for k, v in totals.items()}))
     for a, *others in zip(*map(jax.tree.leaves, results), strict=True):
         for b in others:
@@ -60,22 +60,22 @@ def test_accumulation_changes_memory_only(setup, objective):
 
 def test_a_search_compiles_once(setup):
     """Breaks if alpha, beta, lr or the noise levels become static, or the first call's types differ from later."""
-    jitted, current, rest = build(setup, "ddo")
+    jitted, current, inputs = build(setup, "ddo")
     totals = zero(setup, "ddo")
     for values in (hyper(), hyper(alpha=6.0), hyper(beta=0.01), hyper(lr=1e-5), hyper(noise=(-1.0, 2.0))):
-        current, totals = jitted(current, totals, *rest, jax.random.key(0), values)
-    jitted(current, zero(setup, "ddo"), *rest, jax.random.key(1), hyper())
+        current, totals = jitted(current, totals, inputs(jax.random.key(0), values))
+    jitted(current, zero(setup, "ddo"), inputs(jax.random.key(1), hyper()))
     assert jitted._cache_size() == 1
 
 
 def test_ema_follows_its_formula(setup):
     """Breaks if the EMA lags by a step, takes the old parameters, or the half-life is not in images."""
-    jitted, current, rest = build(setup, "mle", ema_mimg=32e-6)
+    jitted, current, inputs = build(setup, "mle", ema_mimg=32e-6)
     expected = jax.tree.map(np.asarray, current["ema"])
     totals = zero(setup, "mle")
     beta = 0.5 ** (setup.config.pretrain.batch / 32)
     for _ in range(3):
-        current, totals = jitted(current, totals, *rest, jax.random.key(0), hyper(lr=1e-2))
+        current, totals = jitted(current, totals, inputs(jax.random.key(0), hyper(lr=1e-2)))
         params = jax.tree.map(np.asarray, current["params"])
         expected = jax.tree.map(lambda e, p: p + beta * (e - p), expected, params)
     for a, b in zip(*map(jax.tree.leaves, (expected, current["ema"])), strict=True):
@@ -89,13 +89,13 @@ GAMMAS = {0.05: 16.9721986, 0.1: 6.93720394, 0.2: 1.82621378}
 @pytest.mark.parametrize("stds", [(0.1,), (0.2, 0.05, 0.1)])
 def test_power_function_emas_follow_their_formula(setup, stds):
     """Breaks if lengths are swapped or lost, one lags by a step, or t is not the images since the phase began."""
-    jitted, current, rest = build(setup, "mle", ema_stds=stds)
+    jitted, current, inputs = build(setup, "mle", ema_stds=stds)
     assert ("emas" in current) == (len(stds) > 1)
     batch, totals = setup.config.pretrain.batch, zero(setup, "mle")
     start = jax.tree.map(lambda x: np.asarray(x, np.float64), current["params"])
     expected = dict.fromkeys(stds, start)
     for i in range(5):
-        current, totals = jitted(current, totals, *rest, jax.random.key(0), hyper(lr=1e-2))
+        current, totals = jitted(current, totals, inputs(jax.random.key(0), hyper(lr=1e-2)))
         params = jax.tree.map(lambda x: np.asarray(x, np.float64), current["params"])
         for std in stds:
             t = (i + 1) * batch
@@ -119,25 +119,25 @@ def test_without_lengths_the_state_is_as_ever(setup):
 
 def test_noise_differs_from_step_to_step(setup):
     """Breaks if the key of a step does not depend on the step."""
-    jitted, current, rest = build(setup, "mle")
+    jitted, current, inputs = build(setup, "mle")
     seen = []
     for _ in range(2):
-        current, totals = jitted(current, zero(setup, "mle"), *rest, jax.random.key(0), hyper(lr=0.0))
+        current, totals = jitted(current, zero(setup, "mle"), inputs(jax.random.key(0), hyper(lr=0.0)))
         seen.append(float(totals["loss_mle"][0]))
     assert seen[0] != seen[1]
 
 
 def test_a_pair_shares_its_draws(setup):
     """Breaks if real and fake row i get other (sigma, eps)."""
-    family = setup.tools.family
+    family = setup.family
     draws = family.draw(jax.random.key(0), 3, (-0.4, 1.2))
-    doubled = step.interleave(draws, draws)
+    doubled = ddo.interleave(draws, draws)
     for name, value in draws.items():
         rows = np.asarray(doubled[name]).reshape(3, 2, *value.shape[1:])
         np.testing.assert_array_equal(rows[:, 0], rows[:, 1])
         np.testing.assert_array_equal(rows[:, 0], value)
     real, fake = jnp.arange(3), jnp.arange(10, 13)
-    np.testing.assert_array_equal(step.interleave(real, fake), [0, 10, 1, 11, 2, 12])
+    np.testing.assert_array_equal(ddo.interleave(real, fake), [0, 10, 1, 11, 2, 12])
 
 
 def test_learning_rate_of_every_schedule(setup):

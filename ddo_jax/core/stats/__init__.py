@@ -1,0 +1,1 @@
+"""Statistics of images and features: pure, but not DDO."""

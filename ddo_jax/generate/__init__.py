@@ -1,0 +1,1 @@
+"""Images from a model: seeds and labels, the sampler on a mesh, requests, files."""

@@ -1,0 +1,1 @@
+"""What `--dry_run` prints."""

@@ -1,0 +1,313 @@
+"""`--dry_run`: what a run will do and need, from shapes alone. Nothing of the real size is allocated."""
+
+import math
+from typing import NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from ddo_jax import config as configs
+from ddo_jax.convert import names
+from ddo_jax.data import sources
+from ddo_jax.errors import UserError
+from ddo_jax.evaluate import features
+from ddo_jax.families import get_family
+from ddo_jax.plan import memory
+from ddo_jax.run import state
+from ddo_jax.run.checks import check_network
+from ddo_jax.store import classes, load
+
+EACH_ROUND = "each round"
+PASSES = {"pretrain": 3, "ddo": 8, "control": 3}  # phases in order; see `work`
+SHOW_HOURS = "--images_per_s=TRAIN[,SAMPLE] (real images of DDO steps a second, all devices; images sampled a second)"
+
+
+def human(number: float, unit: str = "") -> str:
+    """
+    >>> human(64864), human(3.2e9, "B"), human(12)
+    ('64.9 k', '3.2 GB', '12 ')
+    """
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.1f} {prefix}{unit}"
+    return f"{number:.0f} {unit}"
+
+
+def forward_flops(family, params, frozen, batch: int = 8) -> float:
+    """FLOPs of one forward pass of one image, as XLA counts them before optimisation."""
+
+    def forward(params, frozen, record, key):
+        examples = family.encode(frozen, record, key)
+        return family.score(params, frozen, examples, family.draw(key, batch, (0.0, 1.0)))
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    cost = jax.jit(forward).lower(params, frozen, memory.record(family, batch), key).cost_analysis() or {}
+    return float(cost.get("flops", math.nan)) / batch
+
+
+def plan(config: ConfigDict, workdir: str, images_per_s: list[str] | None = None) -> str:
+    """The text that `--dry_run` prints.
+
+    Args:
+      images_per_s: the flag of `ddo_jax.main`, see `SHOW_HOURS`.
+
+    Raises:
+      UserError: the config cannot run, or `images_per_s` is not one or two numbers.
+    """
+    devices = jax.devices()
+    family, settings, mesh = check_network(config)
+    rates = throughput(images_per_s)
+    found = at_hand(config, family)
+    images = found["data"][1]
+    params, frozen = memory.abstract(family)
+    flops, nfe = forward_flops(family, params, frozen), settings.nfe
+    each = family.passes(settings)  # forward passes that an image costs: cached keys make VAR's ten steps one
+    step = passes(config, "ddo") * flops * config.ddo.batch
+    sections = [
+        "config",
+        _indent([f"{key} = {value!r}" for key, value in configs.leaves(config)]),
+        f"workdir      {workdir}",
+        f"devices      {len(devices)} x {devices[0].device_kind}, mesh {dict(mesh.shape)}",
+        f"network      {state.parameter_count(params):,} parameters",
+        "memory",
+        _indent(_memory(config, len(devices), params)),
+        f"forward      {human(flops, 'FLOP')} per image; a DDO step {human(step, 'FLOP')}, "
+        f"an image sampled {human(each * flops, 'FLOP')} ({nfe} NFE)",
+        *(f"{name:<12} {text}" for name, (text, _) in found.items()),
+        "plan",
+        _indent(_phases(config, images)),
+        "cost",
+        _indent(_costs(config, work(config, images), flops, each, rates)),
+        f"disk         {human(_disk(config, family, params, images), 'B')} at most at a time in the workdir",
+    ]
+    return "\n".join(sections)
+
+
+def throughput(images_per_s: list[str] | None) -> tuple[float, ...]:
+    """The numbers of --images_per_s, or ().
+
+    >>> throughput(["120", "35.5"]), throughput(None)
+    ((120.0, 35.5), ())
+
+    Raises:
+      UserError: not one or two numbers above 0.
+    """
+    try:
+        rates = tuple(map(float, images_per_s or ()))
+    except ValueError:
+        rates = (0.0,)
+    if len(rates) > 2 or not all(0 < rate < math.inf for rate in rates):
+        raise UserError(f"--images_per_s={','.join(images_per_s)}: allowed: one or two numbers above 0, as in 120,35")
+    return rates
+
+
+def at_hand(config, family) -> dict[str, tuple[str, int]]:
+    """{input: (what it is or where to get it, number of images)}: a plan needs no file, a run needs them all."""
+
+    def data():
+        source = sources.of_config(config, config.data.split)
+        classes.look(config, family, source)
+        text = f"{source.name}, {len(source):,} images, {source.num_classes} classes, CRC {source.fingerprint}"
+        return text, len(source)
+
+    def scores():
+        features.check(config.eval.network, config.eval.weights)
+        return f"{config.eval.network}, at hand", 0
+
+    def start():
+        load.find(config.init)
+        return f"{config.init}, at hand", 0
+
+    def autoencoder():
+        parts = family.companions()
+        return f"at hand, {human(memory.tree_bytes(parts), 'B')}", 0
+
+    def references():
+        names.resolve(config.eval.reference)
+        return f"{config.eval.reference}, at hand", 0
+
+    wanted = {"data": data, "scores": scores}
+    wanted |= {"references": references} if config.eval.reference else {}
+    if not family.spec.works_on_pixels:
+        wanted |= {"tokenizer" if family.spec.stored.kind == "tokens" else "autoencoder": autoencoder}
+    wanted |= {"start": start} if config.init != "scratch" else {}
+    found = {}
+    for name, look in wanted.items():
+        try:
+            found[name] = look()
+        except UserError as e:
+            found[name] = f"NOT AT HAND: {e}", 1
+    return found
+
+
+def _indent(lines: list[str]) -> str:
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _memory(config, devices: int, params) -> list[str]:
+    """A training step of every phase on one device: as configured, and with `remat` the other way round."""
+    lines, families = [], {}
+    for remat in (config.remat, not config.remat):
+        variant = config.copy_and_resolve_references()
+        variant.remat = remat
+        families[remat] = get_family(variant)
+    for section in [s for s in PASSES if _candidates(config, s)]:
+        objective = config.objective if section == "ddo" else "mle"
+        parts, other = (
+            memory.step_bytes(family, config[section], objective, devices, config.mesh.fsdp)
+            for family in families.values()
+        )
+        listed = ", ".join(f"{name} {human(size, 'B')}" for name, size in parts.items() if name != "total")
+        lines.append(f"{section}: {human(parts['total'], 'B')} per device with remat={config.remat}: {listed}")
+        if other != parts:  # networks without blocks have nothing to recompute
+            lines.append(f"{section}: {human(other['total'], 'B')} per device with remat={not config.remat}")
+    copies = memory.KEPT * memory.tree_bytes(params, config.mesh.fsdp)
+    lines.append(f"{human(copies, 'B')} more for the parameters of the run's start, the last best, the round's start")
+    return [
+        *lines,
+        "estimates of training steps before fusion; edm2_in64 compiled for H100s takes 0.5 to 1.0 of them, for a "
+        "TPU v5e 0.4 to 2.7",
+    ]
+
+
+def _length(config, section: str, examples: int, key: str) -> int | None:
+    c = config[section]
+    return configs.steps(c[key], c.batch, examples, f"{section}.{key}")
+
+
+def _total(config, section: str, examples: int) -> int:
+    """Steps of a phase."""
+    if section == "control":
+        return config.control.factor * config.ddo.rounds * _total(config, "ddo", examples)
+    return _length(config, section, examples, "length")
+
+
+def _times(config, section: str, examples: int, key: str) -> int:
+    """How often a phase does what it does `key` = "eval_every" or "snapshot_every" steps; at its end too."""
+    every = _length(config, section, examples, key)
+    return math.ceil(_total(config, section, examples) / every) if every else 0
+
+
+def _candidates(config, section: str) -> int:
+    """Trainings of a phase: of the pretraining, of one round, of the control; 0 if it is off."""
+    if section == "pretrain":
+        return int(config.init == "scratch")
+    if section == "ddo":
+        return len(config.ddo.alpha) * len(config.ddo.beta) if config.ddo.rounds else 0
+    return len(config.control.lrs) if config.control.enabled and config.ddo.rounds else 0
+
+
+def _phases(config, examples: int) -> list[str]:
+    lines = []
+    if config.init == "scratch":
+        lines.append(f"pretrain     {_total(config, 'pretrain', examples)} steps of {config.pretrain.batch} images")
+    else:
+        lines.append(f"start        {config.init}")
+    c, grid, steps = config.ddo, _candidates(config, "ddo"), _total(config, "ddo", examples)
+    if c.rounds:
+        evaluations = 1 + grid * _times(config, "ddo", examples, "eval_every")
+        fakes = {"mle": "", "cca": f" + {c.batch} (the same under wrong labels)"}.get(config.objective, f" + {c.batch}")
+        made = f"{c.pool} fakes, then " if c.pool and config.objective == "ddo" else ""
+        if not c.pool and config.objective == "ddo":
+            fakes += " (made by the reference as training goes)"
+        lines.append(
+            f"{c.rounds} rounds     {made}{grid} candidates of {steps} steps of "
+            f"{c.batch}{fakes} images; {evaluations} evaluations of {_judged(config)} images"
+        )
+    if config.control.enabled and c.rounds:
+        steps = _total(config, "control", examples)
+        lines.append(f"control      {_candidates(config, 'control')} learning rates, {steps} steps each")
+    lines.append(f"report       {config.eval.report_seeds} seed ranges of {config.eval.num} images a system")
+    return lines
+
+
+def _judged(config) -> int:
+    """Images of one evaluation inside a phase."""
+    return config.eval.select_num or config.eval.num
+
+
+def passes(config, section: str) -> int:
+    """Forward passes that a real image costs in training, and what it brings along (see `work`)."""
+    pairs = section == "ddo" and config.objective != "mle"
+    return PASSES["ddo" if pairs else "control"] + config.remat * (2 if pairs else 1)
+
+
+class Work(NamedTuple):
+    """What a part of a run costs. trained: real images. passes: see there. sampled: images."""
+
+    name: str
+    trained: int
+    passes: int
+    sampled: int
+
+
+def work(config, examples: int) -> list[Work]:
+    """The parts of a run in order; a round once.
+
+    A backward pass costs two forward passes. DDO trains on a real image and a fake with the target, and evaluates
+    the reference on both: 2 (1 + 2) + 2 = 8; MLE takes 3; with remat every trained image takes one more. What the
+    reference said of tokens is kept: examples that return cost 6. Tokenising is not in it.
+    """
+    parts = []
+    for section in PASSES:
+        if grid := _candidates(config, section):
+            evaluations = grid * _times(config, section, examples, "eval_every")
+            sampled = _judged(config) * evaluations
+            trained = grid * _total(config, section, examples) * config[section].batch
+            if section == "ddo":
+                sampled += _judged(config)
+                sampled += (config.ddo.pool or trained // grid) if config.objective == "ddo" else 0
+            name = EACH_ROUND if section == "ddo" else section
+            parts.append(Work(name, trained, passes(config, section), sampled))
+    systems = (1 + bool(config.ddo.rounds) + bool(_candidates(config, "control"))) * (1 + len(config.eval.also))
+    return [*parts, Work("report", 0, 0, systems * config.eval.report_seeds * config.eval.num)]
+
+
+def _costs(config, parts: list[Work], flops: float, each: int, rates: tuple[float, ...]) -> list[str]:
+    """A line for every part, and for all of them: images, PFLOP and, at `rates` (see `throughput`), hours.
+
+    each: forward passes of an image sampled.
+    """
+    rounds, ddo = config.ddo.rounds, passes(config, "ddo")
+    train = rates[0] if rates else math.nan
+    sample = rates[1] if len(rates) > 1 else train * ddo / each  # at the same FLOP/s
+
+    def line(name, real, sampled, pflop, hours):
+        return f"{name:<14} {real:>14} {sampled:>14} {pflop:>14}" + (f" {hours:>10}" if rates else "")
+
+    def row(name, some: list[Work], times: int = 1):
+        trained, sampled = (times * sum(getattr(p, key) for p in some) for key in ("trained", "sampled"))
+        forwards = times * sum(p.trained * p.passes for p in some)
+        hours = (forwards / ddo / train + sampled / sample) / 3600
+        pflop = (forwards + each * sampled) * flops / 1e15
+        return line(name, f"{trained:,}", f"{sampled:,}", f"{pflop:,.4g}", f"{hours:,.4g}")
+
+    lines = [line("", "real images", "sampled", "PFLOP", "hours")]
+    for part in parts:
+        lines.append(row(part.name, [part]))
+        if part.name == EACH_ROUND:
+            lines.append(row(f"all {rounds} rounds", [part], rounds))
+    lines.append(row("everything", [p for p in parts for _ in range(rounds if p.name == EACH_ROUND else 1)]))
+    if rates:
+        return [*lines, f"at {train:g} real images/s in DDO steps and {sample:.4g} images/s sampled, over all devices"]
+    return [*lines, f"hours: give {SHOW_HOURS}"]
+
+
+def _disk(config, family, params, examples: int) -> float:
+    """Checkpoints (latest two and best of a round's candidates, one of every older round), pool, snapshots, best/."""
+    count = state.parameter_count(params)
+    total = 2 * 4 * count  # best/: a checkpoint of the EMA, and safetensors
+    for section in [s for s in PASSES if _candidates(config, s)]:
+        emas, candidates = config[section].ema_stds, _candidates(config, section)
+        checkpoint = 4 * count * (3 + max(1, len(emas)))  # parameters, two moments, EMAs
+        snapshots = 2 * count * len(emas) * _times(config, section, examples, "snapshot_every")  # float16; all stay
+        times = config.ddo.rounds if section == "ddo" else 1
+        whole = times if config.keep == "all" else 1  # with all its checkpoints and its pool
+        total += 3 * candidates * checkpoint * whole + checkpoint * (times - whole) + snapshots * candidates * times
+        total += _pool(config, family) * whole if section == "ddo" else 0
+    return total
+
+
+def _pool(config, family) -> int:
+    """Bytes of a round's fakes."""
+    return config.ddo.pool * family.spec.stored.nbytes if config.objective == "ddo" else 0

@@ -1,0 +1,77 @@
+"""The report's pictures, as matplotlib figures."""
+
+import dataclasses
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ddo_jax.report.pictures import grid
+
+COLOURS = {"round": ("#1f6fb4", "#3fa34d", "#8e44ad", "#c0762b", "#b03a5b", "#2aa198"), "control": "#888888"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """One candidate: kind "round" | "control", index of its round, images [n] seen since the start, values [n]."""
+
+    label: str
+    kind: str
+    index: int
+    images: list[float]
+    values: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratios:
+    """Log-ratios of real and fake images at the best checkpoint of a round (its number)."""
+
+    round: int
+    real: list[float]
+    fake: list[float]
+
+
+def curves(runs: list[Curve], metric: str) -> Figure:
+    """`metric` over millions of images; one line a candidate, a dot at its best; rounds follow one another."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for run in runs:
+        palette = COLOURS["round"]
+        colour = COLOURS["control"] if run.kind == "control" else palette[run.index % len(palette)]
+        style = "--" if run.kind == "control" else "-"
+        millions = np.asarray(run.images) / 1e6
+        axes.plot(millions, run.values, style, color=colour, marker=".", label=run.label, lw=1.3)
+        best = int(np.argmin(run.values))
+        axes.plot(millions[best], run.values[best], "o", color=colour, ms=8, mfc="none")
+    axes.set_xlabel("millions of real images since the start")
+    axes.set_ylabel(metric)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    if len(runs) <= 16:
+        axes.legend(fontsize=8)
+    return figure
+
+
+def histograms(ratios: list[Ratios]) -> Figure:
+    """Log-ratios of real and fake images, one panel a round, the last six."""
+    ratios = ratios[-6:]
+    figure = Figure(figsize=(3.6 * len(ratios), 3.2), layout="constrained")
+    for axes, entry in zip(figure.subplots(1, len(ratios), squeeze=False)[0], ratios, strict=True):
+        both = np.concatenate([entry.real, entry.fake])
+        bins = np.linspace(*np.percentile(both, [0.5, 99.5]), 50)
+        axes.hist(entry.fake, bins, color="#c0762b", alpha=0.6, label="fake")
+        axes.hist(entry.real, bins, color="#1f6fb4", alpha=0.6, label="real")
+        axes.axvline(0, color="black", lw=0.8)
+        axes.set_title(f"round {entry.round}", fontsize=10)
+        axes.set_xlabel("r (nats)")
+        axes.legend(fontsize=8)
+    return figure
+
+
+def grids(sets: dict[str, np.ndarray], levels: int) -> Figure:
+    """Image sets of the same seeds, one beside the other; uint8 with `levels` grey levels."""
+    figure = Figure(figsize=(4.2 * len(sets), 4.6), layout="constrained")
+    for axes, (title, images) in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets.items(), strict=True):
+        axes.imshow(grid(images, levels), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_title(title, fontsize=11)
+        axes.set_axis_off()
+    return figure

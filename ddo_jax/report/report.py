@@ -1,0 +1,191 @@
+"""The report of a run: Markdown with PNG pictures, every number with its protocol."""
+
+import dataclasses
+import io
+import json
+import statistics
+from typing import Any
+
+import numpy as np
+from etils import epath
+from matplotlib.figure import Figure
+
+from ddo_jax import files
+from ddo_jax.evaluate.records import Evaluation, Round
+from ddo_jax.report import plots
+
+NAMES = {"start": "start (pretrained)", "ddo": "after DDO", "control": "control (continued MLE)"}
+
+
+UNDER = ", "  # between a system and the sampler settings it is scored under, where they are not the run's own
+
+
+def shown(system: str) -> str:
+    """
+    >>> shown("ddo"), shown("ddo, cfg 1")
+    ('after DDO', 'after DDO, cfg 1')
+    """
+    name, _, settings = system.partition(UNDER)
+    return NAMES.get(name, name) + (f", {settings}" if settings else "")
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """
+    >>> mean_and_spread([5.0, 5.5, 6.0]), mean_and_spread([0.25])
+    ('5.50 ± 0.50', '0.250')
+    """
+    mean = statistics.fmean(values)
+    digits = 2 if abs(mean) >= 1 else 3
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{spread}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Of one system: its evaluations on the report's seed ranges, and the mean distance of an image to its nearest
+    training image (None: not measured)."""
+
+    evals: list[Evaluation]
+    nearest: float | None = None
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in lines)
+
+
+def score_table(scores: dict[str, Scores]) -> str:
+    """One row a system, one column a number; mean ± standard deviation over the report's seed ranges."""
+    keys = list(dict.fromkeys(k for s in scores.values() for e in s.evals[:1] for k in e.values))
+    rows = []
+    for system, s in scores.items():
+        there = s.evals[0].values if s.evals else {}
+        cells = [mean_and_spread([e.values[k] for e in s.evals]) if k in there else "" for k in keys]
+        nearest = ["" if s.nearest is None else f"{s.nearest:.3f}"] * _compared(scores)
+        rows.append([shown(system), *cells, *nearest])
+    return table(["", *keys, *["nearest training image"] * _compared(scores)], rows)
+
+
+def _compared(scores: dict[str, Scores]) -> bool:
+    """Whether samples were compared with training images: not where the data are latents."""
+    return any(s.nearest is not None for s in scores.values())
+
+
+def protocol_table(scores: dict[str, Scores], rounds: list[Round]) -> str:
+    """What each number was computed from; the shared part once, below."""
+    found = [(shown(system), e) for system, s in scores.items() for e in s.evals]
+    found += [(f"selected in round {r.number}", r.best) for r in rounds]
+    rows = [
+        [name, e.phase, e.step, e.protocol.n_samples, e.protocol.seeds, e.protocol.weights, e.protocol.content]
+        for name, e in found
+    ]
+    return table(["number", "from", "step", "images", "seeds", "weights", "content"], rows)
+
+
+def shared_protocol(scores: dict[str, Scores]) -> str:
+    """What all numbers of the report have in common."""
+    p = scores["start"].evals[0].protocol.record()
+    own = ("purpose", "seeds", "weights", "time", "n_samples", "content", "class_balance")
+    return "\n".join(f"* {k}: {json.dumps(v) if isinstance(v, dict) else v}" for k, v in p.items() if k not in own)
+
+
+def summary_lines(scores: dict[str, Scores], rounds: list[Round]) -> str:
+    """The result in words, from the numbers."""
+    metric = scores["start"].evals[0].metric
+
+    def mean(system):
+        return statistics.fmean(e.score for e in scores[system].evals)
+
+    lines = []
+    if "ddo" in scores:
+        ratio = mean("ddo") / mean("start")
+        lines.append(f"DDO changed {metric} from {mean('start'):.2f} to {mean('ddo'):.2f} (factor {ratio:.2f}).")
+    if "control" in scores:
+        lines.append(f"The control (continued MLE, best of learning rates and steps) reaches {mean('control'):.2f}.")
+    for r in rounds:
+        verdict = "" if r.improved else ": not better than its reference, which was kept"
+        change = f"{r.best.metric} {r.start:.2f} → {r.best.score:.2f}"
+        lines.append(f"Round {r.number}: {change} with {r.candidate} at step {r.best.step}{verdict}.")
+    return "\n".join(f"* {line}" for line in lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All that a finished run shows.
+
+    Attributes:
+      config: of the run. scores: {"start" | "ddo" | "control" | "held-out images" | one of them under other settings}.
+      rounds: in order. curves: of every candidate. ratios: at every round's best. grids: {system: images}, same seeds.
+    """
+
+    config: Any
+    scores: dict[str, Scores]
+    rounds: list[Round]
+    curves: list[plots.Curve]
+    ratios: list[plots.Ratios]
+    grids: dict[str, np.ndarray]
+
+    def write(self, directory: epath.PathLike) -> epath.Path:
+        """report.md and its pictures; the path of report.md."""
+        directory = epath.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        pictures = _grid_pictures(self.grids, self.config.model.levels)
+        if self.curves:
+            pictures["curves"] = plots.curves(self.curves, self.scores["start"].evals[0].metric)
+        if self.ratios:
+            pictures["ratios"] = plots.histograms(self.ratios)
+        for name, figure in pictures.items():
+            files.write_bytes(directory / f"{name}.png", _png(figure))
+        path = directory / "report.md"
+        files.write_bytes(path, self.text(list(pictures)).encode())
+        return path
+
+    def text(self, pictures: list[str]) -> str:
+        """report.md; pictures: the names of those that lie beside it."""
+        return _text(self, pictures)
+
+
+def _grid_pictures(grids: dict[str, np.ndarray], levels: int) -> dict[str, Figure]:
+    titles = {NAMES.get(k, k): images for k, images in grids.items()}
+    return {"samples": plots.grids(titles, levels)} if titles else {}
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+NEAREST = (
+    " The last column is the mean distance of an image to its nearest training image, of up to 10,000 (far below that "
+    "of held-out images would mean copying)."
+)
+CAPTIONS = {
+    "samples": "The same seeds and labels before and after (rows: seeds; columns: classes, where there are any).",
+    "curves": "The selecting number over the images of training, for all rounds and candidates. Chosen on one "
+    "range of sampling seeds; the table above reports others.",
+    "ratios": "Log-ratio r = log p_target − log p_reference of real images and of the reference's own samples, "
+    "at the best checkpoint of each round. Their distance is what the discriminator sees.",
+}
+
+
+def _text(report: Report, pictures: list[str]) -> str:
+    config, scores, rounds = report.config, report.scores, report.rounds
+    parts = [
+        f"# {config.name or 'DDO'}",
+        summary_lines(scores, rounds),
+        "## Numbers",
+        score_table(scores),
+        f"Mean ± standard deviation over {config.eval.report_seeds} ranges of sampling seeds that chose nothing. "
+        f"`{scores['start'].evals[0].metric}` is the Fréchet distance to the training images (lower is better), "
+        "`accuracy` the share of images that the feature network puts into their own class."
+        + NEAREST
+        * _compared(scores),
+    ]
+    if config.remark:
+        parts.append(config.remark)
+    for name in ("samples", "curves", "ratios"):
+        if name in pictures:
+            parts.append(f"## {name.capitalize()}\n\n![{name}]({name}.png)\n\n{CAPTIONS[name]}")
+    parts += ["## Protocol", protocol_table(scores, rounds), "All numbers:", shared_protocol(scores)]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,140 @@
+"""The main job: start, rounds, control, report. `run` is what the command line calls."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from ddo_jax.data import sources
+from ddo_jax.evaluate.neighbours import nearest_distance, some_images
+from ddo_jax.evaluate.records import Evaluation, Round
+from ddo_jax.generate.seeds import seed_range
+from ddo_jax.report import plots, report
+from ddo_jax.run import jobs, publish, record, rounds
+from ddo_jax.run.prepare import Setup, prepare
+from ddo_jax.run.scoring import evaluations
+
+
+def run(config, workdir: epath.PathLike) -> epath.Path:
+    """Do the whole job, or what is left of it, in `workdir`; the path of the report.
+
+    Raises:
+      UserError: what a user can mend; nothing is overwritten.
+    """
+    console = record.Console()
+    setup = prepare(config, workdir, console)
+    start = rounds.pretrain(setup) if setup.init is None else setup.init
+    systems = {"start": start}
+    final_scores(setup, "start", start)
+    ref, played = start, []
+    for index in range(config.ddo.rounds):
+        ref, summary = rounds.play_round(setup, index, ref)
+        played.append(summary)
+        publish.publish_views(setup)
+    if config.ddo.rounds:
+        systems["ddo"] = ref
+    if config.control.enabled and config.ddo.rounds:
+        systems["control"], _ = rounds.control(setup, start)
+    scores = {name: final_scores(setup, name, params) for name, params in systems.items()}
+    scores |= other_scores(setup, systems)
+    scores |= held_out_scores(setup)
+    publish.publish_views(setup)
+    publish.publish_best(setup, ref)
+    path = make_report(setup, systems, scores, played)
+    console.line(f"report: {path}")
+    return path
+
+
+def final_scores(setup: Setup, name: str, params) -> report.Scores:
+    """The system's numbers on the report's seed ranges, which chose nothing."""
+    c = setup.config
+
+    def score():
+        result = {"evals": [e.record() for e in report_evals(setup, name, params, 0)]}
+        if setup.family.spec.kind(setup.data.image_shape) != "pixels":  # latents: no images to compare with
+            return result
+        images = samples(setup, params, min(c.eval.num, 1024))
+        return result | {"nearest": nearest_distance(images, some_images(setup.data), c.model.levels)}
+
+    (result,) = rounds.divide(setup, [jobs.Task(setup.workdir / "report" / "scores" / name, score)])
+    return report.Scores(evaluations(result), result.get("nearest"))
+
+
+def report_evals(setup: Setup, name: str, params, how: int) -> list[Evaluation]:
+    """Evaluations of a system on the report's seed ranges; how: which sampler (see `scoring.Scorer`)."""
+    ranges = range(setup.config.eval.report_seeds)
+    evals = [setup.scorer(params, (name, 0, 0), "report", i, how)[0] for i in ranges]
+    text = report.mean_and_spread([e.score for e in evals])
+    setup.console.line(f"{report.shown(name)}: {evals[0].metric} {text}")
+    return evals
+
+
+def other_scores(setup: Setup, systems: dict[str, Any]) -> dict[str, report.Scores]:
+    """The systems under the sampler settings of config.eval.also; they select nothing."""
+    tasks = {}
+    for how, given in enumerate(setup.config.eval.also, 1):
+        label = ", ".join(f"{k} {v}" for k, v in given.items())
+        for system, params in systems.items():
+            name = f"{system}{report.UNDER}{label}"
+
+            def score(name=name, params=params, how=how):
+                return {"evals": [e.record() for e in report_evals(setup, name, params, how)]}
+
+            directory = setup.workdir / "report" / "scores" / f"{system}-{label.replace(', ', '-').replace(' ', '')}"
+            tasks[name] = jobs.Task(directory, score)
+    results = rounds.divide(setup, list(tasks.values()))
+    return {name: report.Scores(evaluations(result)) for name, result in zip(tasks, results, strict=True)}
+
+
+def held_out_scores(setup: Setup) -> dict[str, report.Scores]:
+    """The yardstick: real images the models never saw, by their distance to the nearest training image."""
+    c = setup.config
+    if not c.data.holdout:
+        return {}
+    held_out = sources.of_config(c, c.data.holdout)
+    images = [some_images(source) for source in (held_out, setup.data)]
+    return {"held-out images": report.Scores([], nearest_distance(*images, c.model.levels))}
+
+
+def samples(setup: Setup, params, num: int) -> np.ndarray:
+    """The first `num` images of the report's first seed range."""
+    seeds = seed_range("report", 0, setup.config.eval.num)[:num]
+    return np.concatenate([r["image"] for r in setup.scorer.samples(params, seeds)])
+
+
+def training_curves(setup: Setup, played: list[Round]) -> list[plots.Curve]:
+    """Every candidate's evaluations; the rounds one after the other from the start on."""
+    results, curves, offset = publish.finished(setup.workdir), [], 0
+    for r in played:
+        prefix = f"rounds/{r.number:03d}/"
+        length = 0
+        for name, result in results.items():
+            if name.startswith(prefix) and "steps" in result:
+                label = f"round {r.number}, {name.removeprefix(prefix)}"
+                curves.append(_curve(label, "round", r.number - 1, r.start, offset, evaluations(result)))
+                length = max(length, result["images"])
+        offset += length
+    for name, result in results.items():
+        if name.startswith("control/"):
+            label = f"MLE control, lr {name.removeprefix('control/lr')}"
+            curves.append(_curve(label, "control", 0, played[0].start, 0, evaluations(result)))
+    return curves
+
+
+def _curve(label: str, kind: str, index: int, start: float, offset: int, evals: list) -> plots.Curve:
+    images = [offset, *(offset + e.images for e in evals)]
+    return plots.Curve(label, kind, index, images, [start, *(e.score for e in evals)])
+
+
+def make_report(setup: Setup, systems: dict, scores: dict, played: list[Round]) -> epath.Path:
+    """All processes sample the grids; one writes."""
+    num = min(setup.config.eval.grid, setup.config.eval.num)
+    grids = {name: samples(setup, params, num) for name, params in systems.items()}
+    directory = setup.workdir / "report"
+    found = [(r.number, jobs.result_of(setup.workdir / f"rounds/{r.number:03d}" / "ratios")) for r in played]
+    ratios = [plots.Ratios(number, result["real"], result["fake"]) for number, result in found if result is not None]
+    if jax.process_index() != 0:
+        return directory / "report.md"
+    shown = report.Report(setup.config, scores, played, training_curves(setup, played), ratios, grids)
+    return shown.write(directory)

@@ -1,0 +1,86 @@
+"""What a run publishes beside its report: views of its records, and best/."""
+
+import functools
+
+import jax
+from etils import epath
+
+from ddo_jax import files, sharding
+from ddo_jax.convert import safetensors
+from ddo_jax.evaluate.records import read
+from ddo_jax.run import jobs, record, rounds
+from ddo_jax.run.prepare import Setup
+from ddo_jax.run.scoring import evaluations
+from ddo_jax.store import classes
+from ddo_jax.store.checkpoint import Checkpoints, read_meta, weights_digest
+
+
+def finished(workdir: epath.Path) -> dict[str, dict]:
+    """{relative directory: result} of every finished task, in the order of the run."""
+    directories = [workdir / "pretrain"]
+    for number in files.matching(workdir / "rounds", "*"):
+        directories += files.matching(number, "*")
+    directories += [*files.matching(workdir / "control", "*"), *files.matching(workdir / "report" / "scores", "*")]
+    found = {d: jobs.result_of(d) for d in directories if d.is_dir()}
+    for lost in (d for d, result in found.items() if result is None and (d.parent / "best.json").exists()):
+        jobs.say(f"{lost}: its result is lost, though the round is decided: left out of evals.jsonl and curves")
+    return {str(d.relative_to(workdir)): result for d, result in found.items() if result is not None}
+
+
+def publish_views(setup: Setup) -> None:
+    """metrics.jsonl and evals.jsonl of the whole run, put together from the phases' own records."""
+    if jax.process_index() != 0:
+        return
+    results = finished(setup.workdir)
+    logs = [setup.workdir / name / "metrics.jsonl" for name in results]
+    record.concatenate([p for p in logs if p.exists()], setup.workdir / "metrics.jsonl")
+    evals = [e for r in results.values() for e in (evaluations(r) or ([read(r)] if "protocol" in r else []))]
+    record.write_jsonl(setup.workdir / "evals.jsonl", [e.record() for e in evals])
+
+
+def publish_best(setup: Setup, params) -> None:
+    """best/: the run's result as a checkpoint that `init` and `load` take, and as safetensors for others."""
+    directory = setup.workdir / "best"
+
+    def run():
+        if jax.process_index() == 0 and _checkpoint_problem(directory) and (directory / "checkpoints").exists():
+            (directory / "checkpoints").rmtree()
+        sharding.agree(True)  # the other processes wait
+        with Checkpoints(directory / "checkpoints", alone=True) as checkpoints:
+            if checkpoints.latest_step() is None:
+                checkpoints.save(0, {"ema": params}, {"step": 0})
+        host = jax.tree.map(sharding.to_host, (params, setup.frozen))
+        written = []
+        if jax.process_index() == 0:
+            arrays, about = setup.family.export(*host)
+            about = about | classes.metadata(setup.data)
+            files.write_bytes(directory / "params.safetensors", safetensors.dumps(arrays, about))
+            files.write_sealed(directory / "config.json", setup.config.to_dict())
+            written = [directory / "params.safetensors", directory / "config.json"]
+            if (table := files.kept(setup.workdir / classes.TABLE)) is not None:
+                files.write_bytes(directory / classes.TABLE, table)  # best/ alone can be taken elsewhere
+                written.append(directory / classes.TABLE)
+        return {"weights": weights_digest(params), "files": {p.name: files.digest(p) for p in written}}
+
+    rounds.divide(setup, [jobs.Task(directory, run, functools.partial(_best_problem, directory))])
+
+
+def _checkpoint_problem(directory: epath.Path) -> str:
+    try:
+        read_meta(directory / "checkpoints", 0)
+    except files.Damaged as e:
+        return str(e)
+    return ""
+
+
+def _best_problem(directory: epath.Path, result: dict) -> str:
+    """What is not as it was written in best/, in words; "" if all is."""
+    if problem := _checkpoint_problem(directory):
+        return problem
+    for name, digest in result.get("files", {"params.safetensors": None, "config.json": None}).items():
+        path = directory / name
+        if not path.exists():
+            return f"{path}: missing"
+        if digest not in (None, files.digest(path)):
+            return f"{path}: not as it was written"
+    return ""

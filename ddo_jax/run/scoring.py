@@ -1,0 +1,207 @@
+"""How a run is judged: which networks and references, which images for which purpose, the evaluation of parameters."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ddo_jax import config as configs
+from ddo_jax import files
+from ddo_jax.convert import names
+from ddo_jax.data import sources
+from ddo_jax.data.labels import balanced_labels, balanced_rule, present_classes
+from ddo_jax.evaluate import collect, features, image_sets, references
+from ddo_jax.evaluate.collect import DINOV2, MAIN
+from ddo_jax.evaluate.evaluator import Evaluator, First, Images, with_real_features
+from ddo_jax.evaluate.records import Evaluation
+from ddo_jax.families import Family
+from ddo_jax.generate.seeds import seed_range, seeds_text
+from ddo_jax.store import workdir as workdirs
+from ddo_jax.store.checkpoint import weights_digest
+
+SELECTING = ("fid", "sfid", "fd_dinov2", "kid")  # lower is better in all of them
+
+
+def select_metric(config) -> str:
+    """The metric that selects (of `collect.METRICS`)."""
+    return config.eval.select or ("fd_dinov2" if config.eval.network == "dinov2" else "fid")
+
+
+def report_metrics(config) -> list[str]:
+    """What the report scores, the selecting one first."""
+    return list(dict.fromkeys([select_metric(config), *config.eval.metrics]))
+
+
+def networks_of(config) -> dict[str, tuple[str, str | None]]:
+    """{MAIN | DINOV2: (name, WHAT of its weights)} of the feature networks that a run needs."""
+    c = config.eval
+    main = (c.network, c.weights)
+    if c.network == "dinov2":
+        return {DINOV2: main}
+    found = {MAIN: main}
+    if DINOV2 in collect.networks_of(report_metrics(config)):
+        found[DINOV2] = ("dinov2", c.dinov2_weights)
+    return found
+
+
+def check_metrics(config) -> None:
+    """Refuse metrics that are none, or that the networks of the run cannot give.
+
+    Raises:
+      UserError: names key and value.
+    """
+    configs.require(select_metric(config) in SELECTING, "eval.select", config.eval.select, ", ".join(SELECTING))
+    for metric in config.eval.metrics:
+        configs.require(metric in collect.METRICS, "eval.metrics", metric, ", ".join(collect.METRICS))
+    there = networks_of(config)
+    for metric in report_metrics(config):
+        key = "eval.metrics" if metric in config.eval.metrics else "eval.select"
+        allowed = f"what eval.network = {config.eval.network!r} gives"
+        configs.require(collect.networks_of([metric]) <= there.keys(), key, metric, allowed)
+        photographs = metric != "fd_dinov2" or config.eval.network != "digits"
+        configs.require(photographs, key, metric, "of photographs; eval.network = 'digits' judges digits")
+    e = config.eval
+    collect.check(report_metrics(config), e.num)
+    collect.check([select_metric(config)], e.select_num or e.num)
+
+
+def scoring_inputs(config) -> dict[str, str]:
+    """Fingerprints of the files that a run is judged by: the feature network's weights, the reference's statistics."""
+    found = {}
+    weights = features.file_of(config.eval.network, config.eval.weights)
+    if weights is not None:
+        found["features"] = f"{config.eval.network} {files.digest(weights)}"
+    if config.eval.reference:
+        path = names.resolve(config.eval.reference)
+        found |= {"reference": files.digest(path)} if Path(path).is_file() else {}
+    return found
+
+
+def feature_network(name: str, weights: str | None, workdir: epath.Path, train) -> features.FeatureNet:
+    """A network that judges all candidates of the run, the same one at every start.
+
+    Raises:
+      UserError: its file is damaged, and what is made again differs.
+    """
+    if name != "digits":  # the digest of its file is among the run's inputs
+        return features.get_features(name, train, workdir, weights)
+    recorded = workdirs.recorded_inputs(workdir).get("features", "").removeprefix(f"{name} ") or None
+    network = features.get_features(name, train, workdir, expected=recorded)
+    workdirs.check_inputs(workdir, {"features": f"{name} {network.digest}"})
+    return network
+
+
+def open_evaluator(config, workdir: epath.Path, family: Family, train) -> Evaluator:
+    """The evaluator of a run.
+
+    Statistics of a file (`config.eval.reference`) take the place of the training set's; held-out images are a second
+    reference.
+    """
+    networks = {
+        owner: feature_network(name, weights, workdir, train) for owner, (name, weights) in networks_of(config).items()
+    }
+    wanted, found = report_metrics(config), {}
+    lengths = collect.probe(networks, wanted, family.spec.image_shape)
+    reals = {"train": train}
+    if config.data.holdout:
+        reals[config.data.holdout] = sources.of_config(config, config.data.holdout)
+    for name, source in reals.items():
+        if name == "train" and config.eval.reference:
+            path = names.resolve(config.eval.reference)
+            found[name] = references.open_reference(path, lengths, networks)
+        else:
+            found[name] = references.of_images(_opener(source, config.model.levels), lengths, networks)
+    return with_real_features(Evaluator(networks, found), wanted)
+
+
+def _opener(source, levels: int):
+    return lambda limit: image_sets.of_source(source, limit, levels)
+
+
+def ema_length(c) -> str:
+    """Of the average that a phase is judged by."""
+    if not c.ema_stds and not c.ema_mimg:
+        return "none"
+    return f"power function, std {c.ema_stds[0]}" if c.ema_stds else f"half-life {c.ema_mimg:g} million images"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Samples from parameters and scores them.
+
+    Attributes:
+      config, family, frozen: of the run. evaluator: of `open_evaluator`.
+      samplers: [(settings, sampler)]: the run's own, then those of config.eval.also.
+      classes: ids with images, None: all. metric: the name of what selects, of that many images.
+    """
+
+    config: Any
+    family: Family
+    frozen: Any
+    evaluator: Evaluator
+    samplers: list
+    classes: np.ndarray | None
+
+    @property
+    def metric(self) -> str:
+        network = next(iter(self.evaluator.networks.values()))
+        num, select = self._num("select"), select_metric(self.config)
+        return network.named(num) if select == "fid" else collect.named(select, num)
+
+    def _num(self, purpose: str) -> int:
+        e = self.config.eval
+        return e.num if purpose == "report" else e.select_num or e.num
+
+    def samples(self, params, seeds: np.ndarray, how: int = 0):
+        """Records of images with labels balanced by position."""
+        labels = balanced_labels(np.arange(len(seeds)), self.family.spec.num_classes, self.classes)
+        return self.samplers[how][1](params, self.frozen, seeds, labels)
+
+    def __call__(self, params, at: tuple[str, int, int], purpose: str, index: int, how: int = 0):
+        """(Evaluation of one seed range, its first `config.eval.grid` images).
+
+        Args:
+          at: (phase, step, images) of the record. purpose: "select" or "report"; index: which range.
+          how: which sampler.
+        """
+        spec, settings = self.family.spec, self.samplers[how][0]
+        seeds = seed_range(purpose, index, self._num(purpose))
+        kept = First(self.samples(params, seeds, how), self.config.eval.grid)
+        made = {
+            "purpose": purpose,
+            "seeds": seeds_text(seeds.astype(np.int64)),
+            "labels": balanced_rule(self.classes) if spec.num_classes else "none",
+            "quantised_to": f"uint8, {spec.levels} levels",
+            "weights": weights_digest(params),
+            "ema": "; ".join(f"{section}: {ema_length(self.config[section])}" for section in ("pretrain", "ddo")),
+            "sampler": settings.record(),
+            "nfe": settings.nfe,
+            "guidance": self._guidance(settings),
+            "rng": "jax",
+            "dtype": self.config.eval.dtype,
+            "precision": self.config.precision,
+        }
+        images = Images(at[0], len(seeds), spec.image_shape, spec.levels, spec.num_classes, kept, made)
+        wanted = report_metrics(self.config) if purpose == "report" else [select_metric(self.config)]
+        found = self.evaluator.score(images, wanted)
+        phase, step, seen = at
+        return dataclasses.replace(found, phase=phase, step=step, images=seen), kept.images()
+
+    def _guidance(self, settings) -> dict | None:
+        g, strength = self.family.spec.guidance, self.family.strength(settings)
+        return None if strength == g.neutral else {g.setting: strength, "rule": g.rule}
+
+
+def open_scorer(config, workdir: epath.Path, family: Family, frozen, samplers: list, train) -> Scorer:
+    """The scorer of a run. train: the source of real images."""
+    evaluator = open_evaluator(config, workdir, family, train)
+    return Scorer(config, family, frozen, evaluator, samplers, present_classes(train.class_counts))
+
+
+def evaluations(result: dict) -> list[Evaluation]:
+    """Those that a finished task recorded, of any version."""
+    from ddo_jax.evaluate.records import read
+
+    return [read(e) for e in result.get("evals", [])]

@@ -1,0 +1,1 @@
+"""Checkpoints, snapshots, and WHAT -> a trained model."""

@@ -1,0 +1,45 @@
+"""What the tests of the harness share: a micro config, a quiet console."""
+
+from ddo_jax import config as configs
+
+
+def micro_config():
+    """The whole job with a network of 8 units: a few steps, a few images."""
+    c = configs.base()
+    c.name = "micro"
+    c.model.update(arch="mlp", img_resolution=8, img_channels=1, label_dim=10, levels=17)
+    with c.unlocked():
+        c.model.update(width=8, blocks=1)
+    c.sampler.num_steps = 2
+    for phase in ("pretrain", "ddo", "control"):
+        c[phase].update(batch=16, ema_mimg=16e-6)
+    c.pretrain.length.steps = 3
+    c.ddo.update(rounds=1, beta=(0.1, 0.2), pool=40, lr=1e-3)
+    c.ddo.length.steps = 2
+    c.ddo.eval_every.steps = 1
+    c.control.update(enabled=True, factor=1, lrs=(1e-3,))
+    c.control.eval_every.steps = 1
+    c.eval.update(num=48, batch=32, report_seeds=2, grid=10)
+    c.log.update(every=1, tensorboard=False)
+    return c
+
+
+class Quiet:
+    """A console that collects."""
+
+    def __init__(self):
+        self.lines = []
+
+    def status(self, text, *, done=False):
+        self.lines.append(text)
+
+    line = status
+
+
+def exit_code(main, argv) -> int:
+    """Of a command."""
+    try:
+        main(argv)
+    except SystemExit as e:
+        return e.code or 0
+    return 0
