@@ -9,9 +9,9 @@ Prints one JSON line; minutes per program, so no test runs it. Needs no accelera
 `pip install 'jax[tpu]==V'` (libtpu), or `pip install --no-deps jax-cuda13-plugin==V jax-cuda13-pjrt==V` with V the
 version of jax. Nothing of the real size is allocated: shapes go in, a program comes out.
 
-"expected" is the estimate of `--dry_run` (ddo_jax/plan/memory.py), computed before the compiler is asked. A program that
-does not fit is an error on a TPU, which is recorded, and none on a GPU: compare peak_bytes with memory_bytes. Compiled
-with the fast settings (`effort`), which over-estimate memory a little; without a GPU nothing is autotuned, so the
+"expected" is the estimate of `--dry_run` (ddo_jax/plan/memory.py), computed before the compiler is asked. A program
+that does not fit is an error on a TPU, which is recorded, and none on a GPU: compare peak_bytes with memory_bytes.
+Compiled with the fast settings (`effort`), which over-estimate memory a little; without a GPU nothing is autotuned, so the
 workspace of cuDNN's convolutions is not in these figures.
 """
 

@@ -234,7 +234,11 @@ def memory():
     """
 
     def checkpointed(family):
-        return dataclasses.replace(family, score=jax.checkpoint(family.score))
+        class Checkpointed(type(family)):
+            def score(self, *args):
+                return jax.checkpoint(super().score)(*args)
+
+        return Checkpointed(**{f.name: getattr(family, f.name) for f in dataclasses.fields(family)})
 
     variants = {"not_donated": build_step(donate=False), "remat_score": build_step(checkpointed)}
     ours = build_step()

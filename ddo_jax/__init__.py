@@ -8,7 +8,7 @@ The loss for anyone's train step; examples/optax_loop.py shows it in a plain opt
     ar_logp(logits, tokens) -> logp [B]
     ddo_loss(r_real, r_fake, *, alpha, beta) -> loss, stats            # summarize(stats) -> what to log
 
-Importing the package loads jax, numpy and jaxtyping, nothing else.
+Importing the package loads jax, numpy, jaxtyping and chex, nothing else.
 """
 
 from ddo_jax.core.ar import ar_logp

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ddo_jax"
 PURE = {
-    *("jax", "numpy", "jaxtyping", "ddo_jax"),
+    *("jax", "numpy", "jaxtyping", "chex", "ddo_jax"),
     *("typing", "math", "functools", "dataclasses", "collections"),
 }
 # From the bottom up. A module may import its own room and those before it; two rooms never import each other.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
-from ddo_jax.core import ddo
+from ddo_jax.core import ddo, door
 
 DROPPED_ROW_LOSSES = ("posonly", "nll", "posonly_w1")
 
@@ -28,7 +28,8 @@ def ar_logp(logits: Float[Array, "b l v"], tokens: Int[Array, "b l"]) -> Float[A
 
     Numerics:
       log_softmax and the sum run in float32 whatever the logits (float64 if they are).
-      A token >= V gives NaN, which shows; a negative one counts from the end, which does not.
+      Under jit tokens are not looked at: one >= V gives NaN, which shows; a negative one counts from the end, which
+      does not.
 
     Example:
       >>> import jax.numpy as jnp
@@ -37,7 +38,9 @@ def ar_logp(logits: Float[Array, "b l v"], tokens: Int[Array, "b l"]) -> Float[A
 
     Reference: arXiv 2503.01103, section 3 (DDO on VAR, arXiv 2404.02905).
     """
-    logits = _at_least_float32(logits)
+    logits = _at_least_float32(door.floats("logits", logits, rank=3))
+    tokens = door.codes("tokens", tokens, 2, logits.shape[-1])
+    door.alike(**{"logits without V": logits[..., 0], "tokens": tokens})
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[..., None], axis=-1)
     return jnp.sum(logp[..., 0], axis=-1)
 
@@ -84,7 +87,12 @@ def guidance(
 
     Reference: specs/var.md section 7.
     """
-    cond, uncond = _at_least_float32(logits_cond), _at_least_float32(logits_uncond)
+    cond, uncond = (
+        door.floats("logits_cond", logits_cond, rows=False),
+        door.floats("logits_uncond", logits_uncond, rows=False),
+    )
+    door.alike(logits_cond=cond, logits_uncond=uncond)
+    cond, uncond = _at_least_float32(cond), _at_least_float32(uncond)
     t = jnp.asarray(t, cond.dtype)
     return (1 + t) * cond - t * uncond
 
@@ -114,7 +122,7 @@ def filter_logits(logits: Float[Array, "*dims v"], top_k: int, top_p: float | in
     """
     if top_k < 0 or not 0 <= top_p <= 1:
         raise ValueError(f"top_k is {top_k}, top_p is {top_p}; allowed: top_k >= 0 and 0 <= top_p <= 1")
-    logits = _at_least_float32(logits)
+    logits = _at_least_float32(door.floats("logits", logits))
     size = logits.shape[-1]
     top_k = top_k if top_k < size else 0
     if not top_k and not top_p:
@@ -143,6 +151,8 @@ def draw(logits: Float[Array, "*dims v"], gumbel: Float[Array, "*dims v"]) -> In
       >>> print(draw(jnp.array([[1.0, 0.0], [-jnp.inf, 0.0]]), jnp.array([[0.5, 2.0], [9.0, 0.0]])))
       [1 1]
     """
+    logits, gumbel = door.floats("logits", logits), door.floats("gumbel", gumbel)
+    door.alike(logits=logits, gumbel=gumbel)
     return jnp.argmax(logits + gumbel, axis=-1).astype(jnp.int32)
 
 
@@ -166,6 +176,8 @@ def smooth_probs(
 
     Reference: specs/var.md section 7.
     """
+    logits, gumbel = door.floats("logits", logits), door.floats("gumbel", gumbel)
+    door.alike(logits=logits, gumbel=gumbel)
     tau = max(0.27 * (1 - 0.95 * rho), 0.005)
     return jax.nn.softmax((logits * (1 + rho) + gumbel) / tau, axis=-1)
 
@@ -202,6 +214,7 @@ def dropped_row_weights(
     Reference: specs/var.md section 8; which of the three the authors used is not certain.
     """
     _check_choice(dropped_row_loss)
+    dropped = _flags("dropped", dropped)
     kept = 1 / jnp.maximum(jnp.asarray(alpha, jnp.float32), 1)
     return jnp.where(dropped, kept if dropped_row_loss == "posonly_w1" else 1, kept), jnp.where(dropped, 0, kept)
 
@@ -239,7 +252,9 @@ def var_ddo_terms(
     Reference: specs/var.md section 8.
     """
     _check_choice(dropped_row_loss)
+    dropped, logp_real = _flags("dropped", dropped), door.floats("logp_real", logp_real, rank=1)
     real, fake = ddo.ddo_terms(r_real, r_fake, alpha=1.0, beta=beta)
+    door.alike(r_real=real, r_fake=fake, logp_real=logp_real, dropped=dropped)
     if dropped_row_loss == "nll":
         real = jnp.where(dropped, -logp_real.astype(real.dtype) / length, real)
     return real, fake
@@ -332,7 +347,9 @@ def cca_loss(
     Reference: specs/var.md section 8, end; arXiv 2410.09347.
     """
     stats = ddo.ddo_stats(r_matched, r_rolled, beta=beta)
-    r_matched, r_rolled = _at_least_float32(r_matched), _at_least_float32(r_rolled)
+    r_matched, r_rolled = (_at_least_float32(door.array("r", r)) for r in (r_matched, r_rolled))
+    positive = _flags("positive", positive)
+    door.alike(r_matched=r_matched, r_rolled=r_rolled, positive=positive)
     lam, beta = (jnp.asarray(v, r_rolled.dtype) for v in (lam, beta))
     matched = -jax.nn.log_sigmoid(beta * r_matched) / jnp.maximum(lam, 1)
     rolled = -jax.nn.log_sigmoid(beta * jnp.where(positive, r_rolled, -r_rolled)) / jnp.maximum(lam, 1)
@@ -340,6 +357,13 @@ def cca_loss(
     losses = {"loss_real": matched, "loss_fake": rolled}
     stats |= {name: (jnp.sum(v), jnp.asarray(v.size, v.dtype)) for name, v in losses.items()}
     return jnp.mean(matched) + jnp.mean(rolled), stats
+
+
+def _flags(name: str, v) -> Bool[Array, "b"]:
+    v = door.ranked(name, door.array(name, v), 1)
+    if v.dtype != jnp.bool_:
+        raise ValueError(f"{name} is {v.dtype}: it must be booleans")
+    return v
 
 
 def _check_choice(dropped_row_loss: str) -> None:

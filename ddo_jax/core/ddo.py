@@ -34,6 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, ScalarLike, Shaped
 
+from ddo_jax.core import door
+
 # (sum, count) or (sum, sum of squares, count): add leaf by leaf over devices and steps, then `summarize`.
 Stats = dict[str, tuple[Any, ...]]
 
@@ -58,6 +60,9 @@ def log_ratio(logp_fn: Callable[..., Any], params: PyTree, ref_params: PyTree, *
     Returns:
       r [B] in nats, float32 (float64 if logp is).
 
+    Raises:
+      ValueError: logp_fn does not give [B].
+
     Numerics:
       Exactly 0 at params == ref_params on a CPU. The subtraction loses the digits that two large logp share:
       for a diffusion network use `diffusion_log_ratio`, which does not subtract sums.
@@ -70,8 +75,9 @@ def log_ratio(logp_fn: Callable[..., Any], params: PyTree, ref_params: PyTree, *
 
     Reference: arXiv 2503.01103, section 3.
     """
-    logp = _at_least_float32(logp_fn(params, *args))
-    logp_ref = _at_least_float32(logp_fn(jax.lax.stop_gradient(ref_params), *args))
+    logp = _rows("logp_fn(params, ...)", logp_fn(params, *args))
+    logp_ref = _rows("logp_fn(ref_params, ...)", logp_fn(jax.lax.stop_gradient(ref_params), *args))
+    door.alike(logp=logp, logp_ref=logp_ref)
     return logp - logp_ref
 
 
@@ -90,6 +96,9 @@ def diffusion_log_ratio(
     Returns:
       r [B] in nats: the SUM over all axes but the first, as alpha and beta assume: twice the pixels, twice r.
 
+    Raises:
+      ValueError: shapes that differ, integers, no rows.
+
     Numerics:
       float32 whatever the inputs (float64 if they all are). The factored right-hand side never subtracts two
       large sums: with outputs 1e-3 apart at 12,288 pixels its error is 1e-7, that of the left form 2e-3.
@@ -102,7 +111,11 @@ def diffusion_log_ratio(
 
     Reference: arXiv 2503.01103, section 3; the F form: arXiv 2206.00364, appendix B.6.
     """
-    f, f_ref, f_hat = (_at_least_float32(v) for v in (f, jax.lax.stop_gradient(f_ref), f_hat))
+    named = {"f": f, "f_ref": f_ref, "f_hat": f_hat}
+    named = {name: door.floats(name, v) for name, v in named.items()}
+    door.alike(**named)
+    f, f_ref, f_hat = map(_at_least_float32, named.values())
+    f_ref = jax.lax.stop_gradient(f_ref)
     return jnp.sum((f_ref - f) * (f_ref + f - 2 * f_hat), axis=tuple(range(1, f.ndim)))
 
 
@@ -126,6 +139,9 @@ def ddo_terms(
     Returns:
       (real [B_real], fake [B_fake]), both >= 0, float32 (float64 if r is).
 
+    Raises:
+      ValueError: r that is not [B], integers, no rows.
+
     Numerics:
       log_sigmoid(-z), never log(1 - sigmoid(z)): value and gradient stay finite for every finite r.
 
@@ -137,7 +153,7 @@ def ddo_terms(
 
     Reference: arXiv 2503.01103, section 3.
     """
-    r_real, r_fake = _at_least_float32(r_real), _at_least_float32(r_fake)
+    r_real, r_fake = _rows("r_real", r_real), _rows("r_fake", r_fake)
     alpha, beta_fake = jnp.asarray(alpha, r_fake.dtype), jnp.asarray(beta, r_fake.dtype)
     real = -jax.nn.log_sigmoid(jnp.asarray(beta, r_real.dtype) * r_real)
     fake = -alpha * jax.nn.log_sigmoid(-beta_fake * r_fake)
@@ -169,6 +185,9 @@ def ddo_loss(
       (L, stats): a scalar, and `ddo_stats` plus "loss_real" and "loss_fake" as (sum, count); for `summarize`.
       The two loss terms hold the weights and alpha: their means add up to L. The r statistics are unweighted.
 
+    Raises:
+      ValueError: r that is not [B], integers, no rows; a weight of another shape than its r.
+
     Numerics:
       Each term is a mean over ALL its rows: a row of weight 0 counts in the denominator, so the scale of the
       gradient does not depend on how many labels were dropped. At theta = ref L == (1 + alpha) log 2.
@@ -183,9 +202,9 @@ def ddo_loss(
     """
     real, fake = ddo_terms(r_real, r_fake, alpha=alpha, beta=beta)
     if real_weight is not None:
-        real = real * real_weight.astype(real.dtype)
+        real = real * _weights("real_weight", real_weight, real)
     if fake_weight is not None:
-        fake = fake * fake_weight.astype(fake.dtype)
+        fake = fake * _weights("fake_weight", fake_weight, fake)
     stats = ddo_stats(r_real, r_fake, beta=beta)
     stats |= {"loss_real": _sum_count(real), "loss_fake": _sum_count(fake)}
     return jnp.mean(real) + jnp.mean(fake), stats
@@ -215,7 +234,7 @@ def ddo_stats(r_real: Float[Array, "b_real"], r_fake: Float[Array, "b_fake"], *,
       >>> print({k: [float(x) for x in v] for k, v in stats.items() if k != "r_fake"})
       {'r_real': [2.0, 4.0, 2.0], 'acc_real': [1.5, 2.0], 'acc_fake': [1.0, 1.0], 'saturation': [1.5, 3.0]}
     """
-    r_real, r_fake = (_at_least_float32(jax.lax.stop_gradient(r)) for r in (r_real, r_fake))
+    r_real, r_fake = (jax.lax.stop_gradient(_rows(n, r)) for n, r in (("r_real", r_real), ("r_fake", r_fake)))
     r = jnp.concatenate([r_real, r_fake])
     real_sum, real_count = _sum_count(r_real)
     fake_sum, fake_count = _sum_count(r_fake)
@@ -334,8 +353,20 @@ def pair_objective(
     examples, draws = interleave(pair.real, pair.fake), interleave(pair.draws, pair.draws)
     s = score(params, examples, draws)
     s_ref = score(ref_params, examples, draws) if pair.s_ref is None else pair.s_ref.reshape(-1)
-    r = ratio(s, jax.lax.stop_gradient(s_ref), examples, draws).reshape(-1, 2)
+    r = _rows("ratio(...)", ratio(s, jax.lax.stop_gradient(s_ref), examples, draws)).reshape(-1, 2)
     return loss(r[:, 0], r[:, 1], s)
+
+
+def _rows(name: str, v: Any) -> Float[Array, "b"]:
+    """One floating number a row, at least float32."""
+    return _at_least_float32(door.floats(name, v, rank=1))
+
+
+def _weights(name: str, v: Any, like: Float[Array, "b"]) -> Float[Array, "b"]:
+    """Numbers or booleans, one a row."""
+    v = door.array(name, v)
+    door.alike(**{"its term": like, name: v})
+    return v.astype(like.dtype)
 
 
 def _sum_count(v: Float[Array, "b"]) -> tuple[Float[Array, ""], Float[Array, ""]]:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int64
 
+from ddo_jax.core import door
 from ddo_jax.core.samplers import blamed, check_levels
 
 # The times are equally spaced in sigma^(1/rho); in ln sigma for infinite rho.
@@ -285,6 +286,7 @@ def dpm_sample(
 
     Reference: arXiv 2310.13268; specs/edm2.md section 16.4.
     """
+    latents = door.floats("latents", latents)
     schedule = dpm_schedule(settings)
 
     def combine(weights, terms):

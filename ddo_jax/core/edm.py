@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, ScalarLike, Shaped
 
+from ddo_jax.core import door
+
 
 class Preconditioning(NamedTuple):
     """The four EDM coefficients, each with the shape and dtype of sigma."""
@@ -61,6 +63,7 @@ def preconditioning(sigma: Float[Array, "*s"], sigma_data: ScalarLike) -> Precon
 
     Reference: arXiv 2206.00364, table 1.
     """
+    sigma = door.floats("sigma", sigma, rows=False)
     sigma_data = jnp.asarray(sigma_data, sigma.dtype)
     norm2 = sigma**2 + sigma_data**2
     norm = jnp.sqrt(norm2)
@@ -91,6 +94,7 @@ def loss_weight(sigma: Float[Array, "*s"], sigma_data: ScalarLike) -> Float[Arra
 
     Reference: arXiv 2206.00364, table 1.
     """
+    sigma = door.floats("sigma", sigma, rows=False)
     sigma_data = jnp.asarray(sigma_data, sigma.dtype)
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
@@ -115,6 +119,7 @@ def noise_level(normal: Float[Array, "*s"], p_mean: ScalarLike, p_std: ScalarLik
 
     Reference: arXiv 2206.00364, table 1.
     """
+    normal = door.floats("normal", normal, rows=False)
     return jnp.exp(jnp.asarray(p_mean, normal.dtype) + jnp.asarray(p_std, normal.dtype) * normal)
 
 
@@ -146,6 +151,9 @@ def edm_inputs(
 
     Reference: arXiv 2206.00364, appendix B.6.
     """
+    x, sigma, eps = door.floats("x", x), door.floats("sigma", sigma, rank=1), door.floats("eps", eps)
+    door.alike(x=x, eps=eps)
+    door.same_batch(x=x, sigma=sigma)
     dtype = np.promote_types(x.dtype, np.float32)
     x, sigma, eps, sigma_data = (jnp.asarray(v, dtype) for v in (x, sigma, eps, sigma_data))
     c = preconditioning(sigma, sigma_data)
@@ -179,6 +187,9 @@ def denoised(
 
     Reference: arXiv 2206.00364, equation 7.
     """
+    f, x_noisy, sigma = door.floats("f", f), door.floats("x_noisy", x_noisy), door.floats("sigma", sigma, rank=1)
+    door.alike(f=f, x_noisy=x_noisy)
+    door.same_batch(f=f, sigma=sigma)
     dtype = np.promote_types(x_noisy.dtype, np.float32)
     c = preconditioning(sigma.astype(dtype), sigma_data)
     return expand(c.c_skip, f.ndim) * x_noisy.astype(dtype) + expand(c.c_out, f.ndim) * f.astype(dtype)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, PyTree, ScalarLike
 
+from ddo_jax.core import door
+
 AnyArray = Array | np.ndarray
 
 
@@ -62,6 +64,7 @@ def ema_update(
     """
 
     def update(e, p):
+        door.alike(ema=e, params=p)
         p = p.astype(e.dtype)
         return p + jnp.asarray(beta, e.dtype) * (e - p)
 

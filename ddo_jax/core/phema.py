@@ -163,7 +163,7 @@ def posthoc_coefficients(
       ValueError: t_out is not one of t, or a length is out of range.
 
     Example:
-      >>> print(posthoc_coefficients([1024, 2048, 2048], [0.1, 0.1, 0.05], t_out=2048, std_out=0.1).T.round(6))
+      >>> print(posthoc_coefficients([1024, 2048, 2048], [0.1, 0.1, 0.05], t_out=2048, std_out=0.1).T.round(6) + 0)
       [[0. 1. 0.]]
 
     Reference: arXiv 2312.02696, appendix C.2.

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, ScalarLike
 
+from ddo_jax.core import door
+
 
 class HeunSettings(NamedTuple):
     """Settings of the EDM sampler: hashable, so it can be a static argument of jit (it must not be traced).
@@ -304,6 +306,7 @@ def heun_sample(
 
     Reference: arXiv 2206.00364, algorithms 1 and 2.
     """
+    latents = door.floats("latents", latents)
     schedule = heun_schedule(settings)
     churn = bool(np.any(schedule.noise_std > 0))
     if churn and noise is None:

@@ -17,7 +17,7 @@ from ddo_jax.core.stats.frechet import (
     sqrt_psd,
 )
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
+GOLDENS = Path(__file__).parents[2] / "goldens"
 FID = np.load(GOLDENS / "fid_math.npz")
 
 

@@ -8,7 +8,7 @@ import pytest
 from ddo_jax.core.stats import metrics
 from ddo_jax.core.stats.frechet import frechet_distance, moments, sqrt_psd
 
-with np.load(Path(__file__).parents[1] / "goldens" / "fid_math.npz") as f:
+with np.load(Path(__file__).parents[2] / "goldens" / "fid_math.npz") as f:
     FID = dict(f)
 close = dict(rtol=1e-12, atol=1e-12)
 

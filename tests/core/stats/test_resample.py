@@ -7,7 +7,7 @@ import pytest
 
 from ddo_jax.core.stats.resample import area_matrix, bicubic_matrix
 
-GOLDEN = dict(np.load(Path(__file__).parents[1] / "goldens" / "interp_small.npz"))
+GOLDEN = dict(np.load(Path(__file__).parents[2] / "goldens" / "interp_small.npz"))
 MATRIX = {"area": area_matrix, "bicubic": bicubic_matrix}
 PAIRS = sorted({key.rpartition("/")[0] for key in GOLDEN if "/" in key})
 
