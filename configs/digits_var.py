@@ -19,8 +19,7 @@ The recipe was searched on this data: "ours" below. "VAR" marks Tian et al. 2024
 
 from pathlib import Path
 
-from configs import common
-from ddo_jax.config import base
+from ddo_jax.config import base, variants
 from ddo_jax.core.ema import decay_to_half_life
 
 BATCH = 128
@@ -80,7 +79,7 @@ def get_config(variant: str = ""):
     config.eval.also = ({"cfg": 1.0},)  # is guidance still of use?
     config.log.every = 20
 
-    common.variants(config, variant, {"runlocal": runlocal, "pool": pool})
+    variants.apply(config, variant, {"runlocal": runlocal, "pool": pool})
     return config
 
 

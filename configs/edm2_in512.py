@@ -21,24 +21,36 @@ Variants: `:search`, `:from_scratch` EDM2's own pretraining first, `:released` s
 
 from pathlib import Path
 
-from configs import common
+from ddo_jax.config import base, variants
 
 
 def get_config(variant: str = ""):
-    config = common.edm2("EDM2-L + DDO, ImageNet-512", "edm2-img512-l", channels=4, width=320, dropout=0.1)
+    config = base()
+    config.name = "EDM2-L + DDO, ImageNet-512"
+    config.family = "edm2"
+    config.init = "edm2-img512-l"
+    config.data.update(split="train", holdout="")
     config.data.name = "zip:imagenet-512x512-sd.zip"
-    config.eval.reference = "edm2-img512-ref"
-    config.eval.batch = 64  # ours: decoded to 512 x 512
+    config.model.update(arch="UNet", img_resolution=64, img_channels=4, label_dim=1000)
     with config.unlocked():
-        config.model.update(vae="sd-vae-ft-mse", image_size=512, image_channels=3)
-        config.model.update(latent_mean=(5.81, 3.25, 0.12, -2.15), latent_std=(4.17, 4.62, 3.71, 3.28))  # EDM2
+        config.model.update(model_channels=320, dropout=0.1)  # EDM2; all else are the network's defaults
+        config.model.update(channel_mult=(1, 2, 3, 4), num_blocks=3, attn_resolutions=(16, 8), channels_per_head=64)
+    config.sampler.update(solver="heun", num_steps=32)  # EDM2: 63 NFE
+    config.remat = True  # ours: memory only, see README "Measured"
 
-    pretrain = config.pretrain  # EDM2, preset img512-l
-    pretrain.length.mimg = 1792 * common.MI
+    # EDM2 throughout, preset img512-l; it zeroed gradients that are not finite, we stop at them
+    pretrain = config.pretrain
+    pretrain.batch = 2048
+    pretrain.length.mimg = 1792 * variants.MI
     pretrain.lr = 0.008
     pretrain.t_ref = 70_000.0 * 2048
     pretrain.p_mean, pretrain.p_std = -0.4, 1.0
-    config.control.p_mean, config.control.p_std = -0.4, 1.0
+    pretrain.schedule = "inverse_sqrt"
+    pretrain.warmup.mimg = 10.0
+    pretrain.b1, pretrain.b2 = 0.9, 0.99
+    pretrain.ema_stds = (0.05, 0.1)
+    pretrain.snapshot_every.mimg = 8 * variants.MI
+    pretrain.save_every.mimg = 8 * variants.MI  # EDM2 kept a training state every 128 Mi images
 
     ddo = config.ddo
     ddo.rounds = 28  # paper
@@ -46,19 +58,45 @@ def get_config(variant: str = ""):
     ddo.p_mean = -0.4  # not published: the base model's
     ddo.p_std = 1.6  # paper: 1.6, then 2.0, then 3.0
     ddo.p_std_from = ((10, 2.0), (20, 3.0))  # the rounds of the changes are not published: ours
+    ddo.length.mimg = 6.4  # paper: 5 epochs
+    ddo.batch = 512  # paper: real images, and as many fakes
+    ddo.pool = 50_000  # paper
+    ddo.alpha = (4.0,)  # paper: searched in [0.5, 6] every round; `:search` does
+    ddo.beta = (0.05,)  # paper: searched in [0.01, 0.1] every round
+    ddo.schedule = "inverse_sqrt"  # paper: warm-up, then inverse square root, about 0.4 of the rate at the end
+    ddo.t_ref = 1_024_000.0  # ours: sqrt(1.024 / 6.4) = 0.4
+    ddo.warmup.mimg = 0.5  # ours
+    ddo.b1, ddo.b2 = 0.9, 0.99  # ours: those of the base model
+    ddo.ema_stds = (0.05,)  # paper; that its time counts from the start of the round is our reading
+    ddo.eval_every.mimg = 0.64  # ours
+    ddo.save_every.mimg = 0.16  # ours
+
+    control = config.control  # ours: pre-training's objective goes on; set control.enabled and control.eval_every
+    control.b1, control.b2, control.ema_stds = 0.9, 0.99, (0.05,)
+    control.p_mean, control.p_std = -0.4, 1.0
+
+    config.eval.network = "inception"
+    config.eval.num = 50_000  # paper
+    config.eval.select_num = 10_000  # ours
+    config.eval.batch = 256  # ours
+    config.eval.reference = "edm2-img512-ref"
+    config.eval.batch = 64  # ours: decoded to 512 x 512
+    with config.unlocked():
+        config.model.update(vae="sd-vae-ft-mse", image_size=512, image_channels=3)
+        config.model.update(latent_mean=(5.81, 3.25, 0.12, -2.15), latent_std=(4.17, 4.62, 3.71, 3.28))  # EDM2
 
     known = {
-        "search": common.search,
-        "from_scratch": common.from_scratch,
-        "released": common.released("edm2-img512-l-ddo"),
+        "search": variants.search,
+        "from_scratch": variants.from_scratch,
+        "released": variants.released("edm2-img512-l-ddo"),
         "runlocal": runlocal,
     }
-    common.variants(config, variant, known)
+    variants.apply(config, variant, known)
     return config
 
 
 def runlocal(config) -> None:
-    common.runlocal_edm2(config)
+    variants.runlocal_edm2(config)
     config.model.update(img_resolution=4, img_channels=4, attn_resolutions=(4,))
     config.model.update(
         vae=str(Path(__file__).resolve().with_name("digits_vae.safetensors")), image_size=8, image_channels=1

@@ -17,20 +17,36 @@ Variants: `:search` the grid over alpha and beta in every round, `:from_scratch`
 path on the digits in about a minute on a CPU.
 """
 
-from configs import common
+from ddo_jax.config import base, variants
 
 
 def get_config(variant: str = ""):
-    config = common.edm2("EDM2-S + DDO, ImageNet-64", "edm2-img64-s", channels=3, width=192, dropout=0.0)
+    config = base()
+    config.name = "EDM2-S + DDO, ImageNet-64"
+    config.family = "edm2"
+    config.init = "edm2-img64-s"
+    config.data.update(split="train", holdout="")
     config.data.name = "zip:imagenet-64x64.zip"
-    config.eval.reference = "edm2-img64-ref"
+    config.model.update(arch="UNet", img_resolution=64, img_channels=3, label_dim=1000)
+    with config.unlocked():
+        config.model.update(model_channels=192, dropout=0.0)  # EDM2; all else are the network's defaults
+        config.model.update(channel_mult=(1, 2, 3, 4), num_blocks=3, attn_resolutions=(16, 8), channels_per_head=64)
+    config.sampler.update(solver="heun", num_steps=32)  # EDM2: 63 NFE
+    config.remat = True  # ours: memory only, see README "Measured"
 
-    pretrain = config.pretrain  # EDM2, preset img64-s
-    pretrain.length.mimg = 1024 * common.MI
+    # EDM2 throughout, preset img64-s; it zeroed gradients that are not finite, we stop at them
+    pretrain = config.pretrain
+    pretrain.batch = 2048
+    pretrain.length.mimg = 1024 * variants.MI
     pretrain.lr = 0.01
     pretrain.t_ref = 35_000.0 * 2048
     pretrain.p_mean, pretrain.p_std = -0.8, 1.6
-    config.control.p_mean, config.control.p_std = -0.8, 1.6
+    pretrain.schedule = "inverse_sqrt"
+    pretrain.warmup.mimg = 10.0
+    pretrain.b1, pretrain.b2 = 0.9, 0.99
+    pretrain.ema_stds = (0.05, 0.1)
+    pretrain.snapshot_every.mimg = 8 * variants.MI
+    pretrain.save_every.mimg = 8 * variants.MI  # EDM2 kept a training state every 128 Mi images
 
     ddo = config.ddo
     ddo.rounds = 24  # paper
@@ -38,12 +54,34 @@ def get_config(variant: str = ""):
     ddo.p_mean = -0.8  # not published: the base model's
     ddo.p_std = 1.6  # paper
     ddo.p_std_from = ((17, 3.0),)  # paper
+    ddo.length.mimg = 6.4  # paper: 5 epochs
+    ddo.batch = 512  # paper: real images, and as many fakes
+    ddo.pool = 50_000  # paper
+    ddo.alpha = (4.0,)  # paper: searched in [0.5, 6] every round; `:search` does
+    ddo.beta = (0.05,)  # paper: searched in [0.01, 0.1] every round
+    ddo.schedule = "inverse_sqrt"  # paper: warm-up, then inverse square root, about 0.4 of the rate at the end
+    ddo.t_ref = 1_024_000.0  # ours: sqrt(1.024 / 6.4) = 0.4
+    ddo.warmup.mimg = 0.5  # ours
+    ddo.b1, ddo.b2 = 0.9, 0.99  # ours: those of the base model
+    ddo.ema_stds = (0.05,)  # paper; that its time counts from the start of the round is our reading
+    ddo.eval_every.mimg = 0.64  # ours
+    ddo.save_every.mimg = 0.16  # ours
+
+    control = config.control  # ours: pre-training's objective goes on; set control.enabled and control.eval_every
+    control.b1, control.b2, control.ema_stds = 0.9, 0.99, (0.05,)
+    control.p_mean, control.p_std = -0.8, 1.6
+
+    config.eval.network = "inception"
+    config.eval.num = 50_000  # paper
+    config.eval.select_num = 10_000  # ours
+    config.eval.batch = 256  # ours
+    config.eval.reference = "edm2-img64-ref"
 
     known = {
-        "search": common.search,
-        "from_scratch": common.from_scratch,
-        "released": common.released("edm2-img64-s-ddo"),
-        "runlocal": common.runlocal_edm2,
+        "search": variants.search,
+        "from_scratch": variants.from_scratch,
+        "released": variants.released("edm2-img64-s-ddo"),
+        "runlocal": variants.runlocal_edm2,
     }
-    common.variants(config, variant, known)
+    variants.apply(config, variant, known)
     return config

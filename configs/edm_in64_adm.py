@@ -9,8 +9,7 @@ Variants: `:search`, `:from_scratch` EDM's own pretraining first, `:released` sc
 reproduced), `:runlocal` under a minute on a CPU.
 """
 
-from configs import common
-from ddo_jax.config import base
+from ddo_jax.config import base, variants
 
 NAME = "edm-imagenet-64x64-cond-adm"
 
@@ -55,10 +54,10 @@ def get_config(variant: str = ""):
     config.eval.select_num = 10_000
 
     known = {
-        "search": common.search,
-        "from_scratch": common.from_scratch,
-        "released": common.released(NAME),
-        "runlocal": common.runlocal,
+        "search": variants.search,
+        "from_scratch": variants.from_scratch,
+        "released": variants.released(NAME),
+        "runlocal": variants.runlocal,
     }
-    common.variants(config, variant, known)
+    variants.apply(config, variant, known)
     return config

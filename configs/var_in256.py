@@ -24,8 +24,7 @@ for d30). The paper's curve of FID over IS:
 
 from pathlib import Path
 
-from configs import common
-from ddo_jax.config import base
+from ddo_jax.config import base, variants
 from ddo_jax.models.var import VAR_PRESETS
 
 # VAR's own pretraining: learning rate at batch 256, batch, epochs, final rate as a fraction, final weight decay
@@ -43,11 +42,11 @@ def get_config(variant: str = ""):
     config = recipe(size)
     known = {
         "search": search,
-        "from_scratch": common.from_scratch,
+        "from_scratch": variants.from_scratch,
         "released": released,
         "runlocal": runlocal,
     }
-    common.variants(config, rest, known)
+    variants.apply(config, rest, known)
     return config
 
 

@@ -1,4 +1,4 @@
-"""`python -m ddo_jax.main --config=configs/digits.py --workdir=DIR [--config.ddo.alpha=4 ...] [--dry_run]`.
+"""`python -m ddo_jax.main --config=digits --workdir=DIR [--config.ddo.alpha=4 ...] [--dry_run]`.
 
 Flags -> config -> run; no logic. Exit codes: 0 done, 2 something the user can mend (one line says what).
 """
@@ -7,20 +7,22 @@ import ast
 import os
 import sys
 import warnings
-from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ddo_jax import files
+from ddo_jax import cli, files
 from ddo_jax.config import loading
 from ddo_jax.errors import UserError
 
-DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits.py"
+DEFAULT_CONFIG = "digits"
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with an optional variant: configs/digits.py:runlocal (default: configs/digits.py)"
+    "config",
+    None,
+    "Config file, or the name of one of ours, with an optional variant: my.py, digits:runlocal, edm2_in64 (default: "
+    "digits)",
 )
 FLAGS["config"].parser = loading.Parser()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Everything goes here; unset: runs/<name of the config>")
@@ -47,7 +49,7 @@ def parse(argv):
             loading.unset(FLAGS["config"].value, key)
         return rest
     except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
-        fail(one_line(str(e)))
+        cli.fail(one_line(str(e)))
 
 
 def one_line(text: str) -> str:
@@ -65,11 +67,6 @@ def one_line(text: str) -> str:
     return "unknown config key: " + ". ".join(lines) if len(lines) == 2 else lines[-1]
 
 
-def fail(message: str):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def default_workdir() -> str:
     """runs/digits, runs/digits-runlocal, ..."""
     path, variant = loading.split(config_flags.get_config_filename(FLAGS["config"]))
@@ -84,16 +81,14 @@ def _stray(unraisable) -> None:
 
 def main(argv):
     if len(argv) > 1:
-        fail(f"unexpected argument {argv[1]!r}; flags are written --config=... --workdir=...")
+        cli.fail(f"unexpected argument {argv[1]!r}; flags are written --config=... --workdir=...")
     if _IMAGES_PER_S.value and not _DRY_RUN.value:
-        fail("--images_per_s only adds hours to --dry_run; leave it out, or add --dry_run")
+        cli.fail("--images_per_s only adds hours to --dry_run; leave it out, or add --dry_run")
     logging.set_verbosity(logging.FATAL)  # Orbax logs what it raises, too, page after page; our lines use the console
     sys.unraisablehook = _stray
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # of the same origin
     if _DISTRIBUTED.value:
-        import jax
-
-        jax.distributed.initialize()
+        cli.start_distributed()
     from ddo_jax import compilation
     from ddo_jax.plan import dry_run
     from ddo_jax.run import main_job
@@ -108,11 +103,11 @@ def main(argv):
                 with files.full_disk(f"{kept} continues"):
                     main_job.run(_CONFIG.value, workdir)
     except UserError as e:
-        fail(str(e))
+        cli.fail(str(e))
     except OSError as e:  # a file of the run: it cannot be read, it is a folder, the file system is gone
         if e.filename is None:
             raise
-        fail(f"{os.fspath(e.filename)}: {e.strerror}; nothing is lost: the same command continues once it is mended")
+        cli.fail(f"{os.fspath(e.filename)}: {e.strerror}; nothing is lost: the same command continues once it is mended")
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)

@@ -1,7 +1,8 @@
-"""Config files of the command line: where they import from, and keys that flags unset.
+"""Config files of the command line: found by path or by name, what they import, and keys that flags unset.
 
-A config file may import the files beside it, and `configs.common`: the one beside it if its folder is called configs,
-else ours. What else is called configs in the current directory or on PYTHONPATH has no say.
+A path is a file of the user's or of ours; a name without .py, `digits` or `edm2_in64:search`, is one of ours, from
+anywhere. A config file may import the files beside it; if its folder is called configs, `configs` is that folder. What
+else is called configs in the current directory or on PYTHONPATH has no say then.
 """
 
 import contextlib
@@ -18,7 +19,22 @@ from ml_collections import ConfigDict
 
 from ddo_jax.errors import UserError, one_line
 
-OURS = Path(__file__).parent.parent.parent / "configs"
+PACKAGE = Path(__file__).parent.parent
+
+
+def ours() -> Path:
+    """The folder of our experiments: inside the package where it was installed from a wheel, else beside it."""
+    inside = PACKAGE / "configs"
+    return inside if inside.is_dir() else PACKAGE.parent / "configs"
+
+
+def names() -> list[str]:
+    """Of our experiments.
+
+    >>> "digits" in names()
+    True
+    """
+    return sorted(p.stem for p in ours().glob("*.py") if not p.name.startswith("_"))
 
 
 def split(text: str) -> tuple[Path, str | None]:
@@ -43,8 +59,11 @@ class Parser(flags.ArgumentParser):
 
     def parse(self, argument: str):
         path, variant = split(argument)
+        if not path.is_file() and path.suffix != ".py" and path.name == str(path):
+            path = ours() / f"{path}.py"
         if not path.is_file():
-            raise UserError(f"--config: {argument}: no such file; allowed: FILE.py or FILE.py:VARIANT, as in configs/")
+            known = f"one of ours ({', '.join(names())})"
+            raise UserError(f"--config: {argument}: no such file; allowed: FILE.py or FILE.py:VARIANT, or {known}")
         try:
             with _neighbours(path.absolute().parent):
                 module = _execute("ddo_jax_config_file", path)
@@ -71,17 +90,17 @@ def _execute(name: str, path: Path, search: list[str] | None = None):
 @contextlib.contextmanager
 def _neighbours(folder: Path) -> Iterator[None]:
     """The folder comes first for imports; `configs` is what the top of this module says."""
-    for name in [n for n in sys.modules if n == "configs" or n.startswith("configs.")]:
-        del sys.modules[name]
-    search = [str(folder), str(OURS)] if folder.name == "configs" else [str(OURS)]
     sys.path.insert(0, str(folder))
     try:
-        if folder.name == "configs" and (folder / "__init__.py").exists():
-            _execute("configs", folder / "__init__.py", search)
-        else:
-            spec = importlib.machinery.ModuleSpec("configs", None, is_package=True)
-            spec.submodule_search_locations = search
-            sys.modules["configs"] = importlib.util.module_from_spec(spec)
+        if folder.name == "configs":
+            for name in [n for n in sys.modules if n == "configs" or n.startswith("configs.")]:
+                del sys.modules[name]
+            if (folder / "__init__.py").exists():
+                _execute("configs", folder / "__init__.py", [str(folder)])
+            else:
+                spec = importlib.machinery.ModuleSpec("configs", None, is_package=True)
+                spec.submodule_search_locations = [str(folder)]
+                sys.modules["configs"] = importlib.util.module_from_spec(spec)
         yield
     finally:
         sys.path.remove(str(folder))

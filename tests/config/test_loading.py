@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 PRINT = "import sys; from ddo_jax.config import loading; print(loading.Parser().parse(sys.argv[1]).name)"
 MINE = """
 import helper
-from configs import common
+from configs import mine_too as common
 def get_config(variant=""):
     import late
     config = common.base()
-    config.name = f"{variant} {helper.X} {late.X} {getattr(common, 'MI', 'mine')}"
+    config.name = f"{variant} {helper.X} {late.X} {'mine'}"
     return config
 """
 FOREIGN = "raise SystemExit('foreign configs')"
@@ -41,7 +41,7 @@ def test_neighbours_are_imported(tmp_path, kind):
         folder.mkdir()
         for name, content in (("mine.py", MINE), ("helper.py", "X = 'h'"), ("late.py", "X = 'l'")):
             (folder / name).write_text(content)
-    for name in ("configs/__init__.py", "configs/common.py", "helper.py", "late.py"):
+    for name in ("configs/__init__.py", "configs/mine_too.py", "helper.py", "late.py"):
         (cwd / name).write_text(FOREIGN)
     if kind == "module":
         for path in (cwd / "configs").iterdir():
@@ -49,15 +49,17 @@ def test_neighbours_are_imported(tmp_path, kind):
         (cwd / "configs").rmdir()
         (cwd / "configs.py").write_text(FOREIGN)
     assert loaded(ROOT / "configs" / "edm_cifar10_cond.py", cwd, cwd).startswith("EDM")
-    assert loaded(f"{user}/mine.py:big", cwd, cwd) == f"big h l {2**20 / 1e6}"  # our configs/common.py
-    (user / "configs" / "common.py").write_text("from ddo_jax.config import base")
-    assert loaded(user / "configs" / "mine.py", cwd, cwd) == "h l mine"  # its own
+    assert loaded("edm_cifar10_cond:search", cwd, cwd).startswith("EDM")  # by name
+    (user / "configs" / "mine_too.py").write_text("from ddo_jax.config import base")
+    assert loaded(user / "configs" / "mine.py", cwd, cwd) == "h l mine"  # its own `configs`
 
 
 def test_missing_file(tmp_path):
     """Breaks if the line does not name the file."""
     with pytest.raises(UserError, match="--config: .*nowhere.py: no such file"):
         loading.Parser().parse(str(tmp_path / "nowhere.py"))
+    with pytest.raises(UserError, match="--config: digit: no such file; .* one of ours .digits, digits_var, edm2_in512,"):
+        loading.Parser().parse("digit")
 
 
 def test_none_is_taken_from_the_flags():
