@@ -11,8 +11,8 @@ version of jax. Nothing of the real size is allocated: shapes go in, a program c
 
 "expected" is the estimate of `--dry_run` (ddo_jax/plan/memory.py), computed before the compiler is asked. A program
 that does not fit is an error on a TPU, which is recorded, and none on a GPU: compare peak_bytes with memory_bytes.
-Compiled with the fast settings (`effort`), which over-estimate memory a little; without a GPU nothing is autotuned, so the
-workspace of cuDNN's convolutions is not in these figures.
+Compiled with the fast settings (`effort`), which over-estimate memory a little; without a GPU nothing is autotuned,
+so the workspace of cuDNN's convolutions is not in these figures.
 """
 
 import argparse

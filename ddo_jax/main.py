@@ -107,7 +107,9 @@ def main(argv):
     except OSError as e:  # a file of the run: it cannot be read, it is a folder, the file system is gone
         if e.filename is None:
             raise
-        cli.fail(f"{os.fspath(e.filename)}: {e.strerror}; nothing is lost: the same command continues once it is mended")
+        cli.fail(
+            f"{os.fspath(e.filename)}: {e.strerror}; nothing is lost: the same command continues once it is mended"
+        )
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)

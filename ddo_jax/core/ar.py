@@ -4,6 +4,8 @@ Section numbers refer to specs/var.md. B rows, L tokens, V codes; everything her
 argument, and what is computed per token does not look at the other tokens.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -305,8 +307,9 @@ def var_ddo_loss(
 
     Reference: specs/var.md section 8; arXiv 2503.01103.
     """
-    how = {"length": length, "dropped_row_loss": dropped_row_loss}
-    real, fake = var_ddo_terms(r_real, r_fake, logp_real, dropped, beta=beta, **how)
+    real, fake = var_ddo_terms(
+        r_real, r_fake, logp_real, dropped, beta=beta, length=length, dropped_row_loss=dropped_row_loss
+    )
     real_weight, fake_weight = dropped_row_weights(dropped, alpha=alpha, dropped_row_loss=dropped_row_loss)
     real = real_weight.astype(real.dtype) * real
     fake = fake_weight.astype(fake.dtype) * jnp.asarray(alpha, fake.dtype) * fake
@@ -359,7 +362,7 @@ def cca_loss(
     return jnp.mean(matched) + jnp.mean(rolled), stats
 
 
-def _flags(name: str, v) -> Bool[Array, "b"]:
+def _flags(name: str, v: Any) -> Bool[Array, "b"]:
     v = door.ranked(name, door.array(name, v), 1)
     if v.dtype != jnp.bool_:
         raise ValueError(f"{name} is {v.dtype}: it must be booleans")

@@ -60,16 +60,16 @@ def draw(key: Key[Array, ""], n: int, p: ScalarLike) -> dict[str, Num[Array, "n"
     """
     keys = iter(jax.random.split(key, 14))
 
-    def gated(value, probability):
+    def gated(value: Array, probability: ScalarLike) -> Array:
         return jnp.where(jax.random.uniform(next(keys), (n,)) < probability, value, 0)
 
-    def flip():
+    def flip() -> Array:
         return jax.random.bernoulli(next(keys), 0.5, (n,)).astype(jnp.float32)
 
-    def normal(*axes):
+    def normal(*axes: int) -> Array:
         return jax.random.normal(next(keys), (*axes, n))
 
-    def angle():
+    def angle() -> Array:
         return jax.random.uniform(next(keys), (n,), minval=-math.pi, maxval=math.pi)
 
     trans_wx, trans_wy = gated(normal(2), p)
@@ -132,10 +132,10 @@ def inverse_map(
        [0. 1.]]
     """
 
-    def matrix(a, b, c, d):
+    def matrix(a: Array, b: Array, c: Array, d: Array) -> Array:
         return jnp.stack([jnp.stack([a, b], -1), jnp.stack([c, d], -1)], -2)
 
-    def rotation(v):
+    def rotation(v: Array) -> Array:
         return matrix(jnp.cos(v), -jnp.sin(v), jnp.sin(v), jnp.cos(v))
 
     r, zero = params["aniso_r"], jnp.zeros_like(params["aniso_r"])
@@ -221,9 +221,9 @@ def separable(
       [[1. 0.]
        [3. 2.]]
     """
-    rows, columns = (jnp.asarray(m, images.dtype) for m in (rows, columns))
-    images = jnp.einsum("yh,nhwc->nywc", rows, images, precision="highest")
-    return jnp.einsum("xw,nywc->nyxc", columns, images, precision="highest")
+    y, x = (jnp.asarray(m, images.dtype) for m in (rows, columns))
+    images = jnp.einsum("yh,nhwc->nywc", y, images, precision="highest")
+    return jnp.einsum("xw,nywc->nyxc", x, images, precision="highest")
 
 
 def bilinear(

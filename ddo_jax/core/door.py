@@ -27,7 +27,7 @@ def array(name: str, v: Any) -> Array:
         return v
     try:
         v = np.asarray(v)
-        if v.dtype == np.float64 and not jax.config.jax_enable_x64:
+        if v.dtype == np.float64 and not jax.config.read("jax_enable_x64"):
             v = v.astype(np.float32)
         return jnp.asarray(v)
     except (TypeError, ValueError):

@@ -231,7 +231,7 @@ def dpm_schedule(settings: DPMSettings) -> DPMSchedule:
     times, n = lam[indices], settings.num_steps
     width = settings.order + settings.c_pseudo  # the most values of D that a step uses
 
-    def step(start: int, end: int, nodes: Sequence[int], pseudo: bool):
+    def step(start: int, end: int, nodes: Sequence[int], pseudo: bool) -> tuple[float, np.ndarray]:
         """(r, weights of D at the nodes) of the step between two times; nodes[0] is its start."""
         order, fine = len(nodes), lam[indices[start] : indices[end] + 1]
         e = np.array([exponential_sum(fine, k) for k in range(order)])
@@ -289,10 +289,10 @@ def dpm_sample(
     latents = door.floats("latents", latents)
     schedule = dpm_schedule(settings)
 
-    def combine(weights, terms):
+    def combine(weights: Any, terms: Any) -> Any:
         return sum(weights[i] * term for i, term in enumerate(terms))
 
-    def step(state, row):
+    def step(state: Any, row: Any) -> tuple[Any, None]:
         x, kept, past = state
         sigma, correct, predict = row
         d = denoise(x, jnp.full(x.shape[:1], sigma)).astype(x.dtype)

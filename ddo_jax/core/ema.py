@@ -1,6 +1,7 @@
 """Exponential moving average of parameters, its length counted in images rather than steps."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,8 @@ def half_life_beta(
 
 
 def ema_update(
-    ema: PyTree[Float[AnyArray, "..."], "T"], params: PyTree[Float[AnyArray, "..."], "T"], beta: ScalarLike
-) -> PyTree[Float[Array, "..."], "T"]:
+    ema: PyTree[Float[AnyArray, "..."]], params: PyTree[Float[AnyArray, "..."]], beta: ScalarLike
+) -> PyTree[Float[Array, "..."]]:
     """One step of the moving average.
 
         ema <- params + beta (ema - params)
@@ -63,7 +64,7 @@ def ema_update(
       {'w': Array([0.75, 0.75], dtype=float32)}
     """
 
-    def update(e, p):
+    def update(e: Any, p: Any) -> Array:
         door.alike(ema=e, params=p)
         p = p.astype(e.dtype)
         return p + jnp.asarray(beta, e.dtype) * (e - p)

@@ -146,7 +146,7 @@ def heun_times(settings: HeunSettings) -> Float64[np.ndarray, "n_plus_1"]:
     return np.append(times.astype(np.float64), 0.0)
 
 
-def blamed(settings) -> tuple[str, float | int]:
+def blamed(settings: Any) -> tuple[str, float | int]:
     """(name, value) of the end of a grid that float32 does not hold, for `check_levels`."""
     name = "sigma_max" if not settings.sigma_max <= MOST_SIGMA else "sigma_min"
     return name, getattr(settings, name)
@@ -218,7 +218,7 @@ def guided(denoise: Callable[..., Any], guide: Callable[..., Any] | None, weight
     if guide is None:
         raise ValueError(f"the guidance weight is {weight} and guide is None: pass a guide or set the weight to 1")
 
-    def denoise_guided(x, sigma):
+    def denoise_guided(x: Array, sigma: Array) -> Array:
         d, d_guide = denoise(x, sigma).astype(x.dtype), guide(x, sigma).astype(x.dtype)
         return d_guide + jnp.asarray(weight, x.dtype) * (d - d_guide)
 
@@ -261,7 +261,7 @@ def heun_step(
     """
     t_hat, t_next = jnp.asarray(t_hat, x_hat.dtype), jnp.asarray(t_next, x_hat.dtype)
 
-    def slope(x, t):
+    def slope(x: Array, t: Array) -> Array:
         return (x - denoise(x, jnp.full(x.shape[:1], t)).astype(x.dtype)) / t
 
     d = slope(x_hat, t_hat)
@@ -314,8 +314,8 @@ def heun_sample(
             f"s_churn is {settings.s_churn} and noise is None: pass noise(i) -> [B, ...] or set s_churn = 0"
         )
 
-    def step(x, i, t_hat, t_next, noise_std, *, last):
-        if churn:
+    def step(x: Array, i: Any, t_hat: Any, t_next: Any, noise_std: Any, *, last: bool) -> Array:
+        if churn and noise is not None:
             x = x + noise_std * noise(i).astype(x.dtype)
         return heun_step(denoise, x, t_hat, t_next, last=last)
 

@@ -4,7 +4,10 @@ A stream is the Mersenne twister MT19937 with the classic 32-bit seeding (specs/
 figures used the CUDA generator, whose streams differ: FID agrees statistically, images do not.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import DTypeLike
 
 
 class TorchCpuStream:
@@ -37,7 +40,7 @@ class TorchCpuStream:
         angle = u.dtype.type(2 * np.pi) * second
         return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).reshape(-1)
 
-    def normal(self, shape: tuple[int, ...], dtype=np.float32) -> np.ndarray:
+    def normal(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> np.ndarray:
         """Unit normals, float32 (24 bits a value) or float64 (53 bits).
 
         Raises:
@@ -58,7 +61,9 @@ class TorchCpuStream:
         return int(self._raw(1)[0] % below)
 
 
-def edm_streams(seeds, shape: tuple[int, int, int], num_classes: int, steps: int):
+def edm_streams(
+    seeds: Sequence[int] | np.ndarray, shape: tuple[int, int, int], num_classes: int, steps: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What the released EDM sampler draws for every seed (specs/edm.md section 12), as NHWC.
 
     Args:

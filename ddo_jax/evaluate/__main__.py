@@ -146,6 +146,7 @@ def kept(images, keep: str | None):
     if keep is None or jax.process_index() > 0:
         return images
     path = epath.Path(keep)
+    writer: writers.NpzWriter | writers.FolderWriter
     if path.suffix == ".npz":
         writer = writers.NpzWriter(path, images.num, images.shape)
     else:

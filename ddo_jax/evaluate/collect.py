@@ -64,8 +64,8 @@ def _joined(records: list[dict]) -> dict:
 class Accumulator:
     """Mean and covariance of features that come in batches of any size."""
 
-    def __init__(self):
-        self._moments = None
+    def __init__(self) -> None:
+        self._moments: frechet.Moments | None = None
 
     def add(self, rows: np.ndarray) -> None:
         part = frechet.moments_of(rows)
@@ -73,6 +73,7 @@ class Accumulator:
 
     def finalize(self) -> tuple[np.ndarray, np.ndarray]:
         """(mu, sigma) of everything added."""
+        assert self._moments is not None
         return frechet.finalize(self._moments)
 
 
@@ -129,10 +130,11 @@ class _Kept:
     """Rows kept in one array, allocated once where their number is known."""
 
     def __init__(self, num: int):
-        self._num, self._at, self._rows = num, 0, None
+        self._num, self._at = num, 0
+        self._rows = np.empty((0, 0), np.float32)
 
     def add(self, rows: np.ndarray) -> None:
-        if self._rows is None:
+        if not self._at:
             self._rows = np.empty((self._num, rows.shape[1]), np.float32)
         self._rows[self._at : self._at + len(rows)] = rows
         self._at += len(rows)
@@ -160,7 +162,7 @@ def collect(networks: dict[str, FeatureNet], wanted: Iterable[str], records: Ite
     labels, ids, crc, right, n = [], [], 0, None, 0
     for record in records:
         images = np.ascontiguousarray(record["image"])
-        crc = zlib.crc32(images, crc)
+        crc = zlib.crc32(images.data, crc)
         vectors = {name: network.apply(images) for name, network in networks.items()}
         for metric, moments in sums.items():
             owner, vector = FRECHET[metric]
@@ -270,16 +272,16 @@ def compute(
         elif metric == "is":
             out |= _inception_score(collected)
         elif metric == "pr":
-            found = metrics.precision_recall(real, collected.kept[MAIN, "features"])
+            pr = metrics.precision_recall(real, collected.kept[MAIN, "features"])
             names = ("precision", "recall", "density", "coverage")
-            out |= {named(name, num): getattr(found, name) for name in names}
+            out |= {named(name, num): getattr(pr, name) for name in names}
         elif metric == "kid":
             size = min(KID_SIZE, num, len(real))
-            found = metrics.kid(real, collected.kept[MAIN, "features"], size=size)
-            out |= {"kid": found.mean, "kid_std": found.std}
+            kid = metrics.kid(real, collected.kept[MAIN, "features"], size=size)
+            out |= {"kid": kid.mean, "kid_std": kid.std}
         else:
-            found = fid_infinity(collected.kept[MAIN, "features"], functools.partial(_distance, first, "fid"))
-            out |= {name: networks[MAIN].scale * value for name, value in found.items()}
+            line = fid_infinity(collected.kept[MAIN, "features"], functools.partial(_distance, first, "fid"))
+            out |= {name: networks[MAIN].scale * value for name, value in line.items()}
     return out | ({} if collected.accuracy is None else {"accuracy": collected.accuracy})
 
 

@@ -49,18 +49,18 @@ def train(images: np.ndarray, labels: np.ndarray, num_classes: int = 10) -> Clas
     )
     schedule = optax.cosine_decay_schedule(3e-3, STEPS)
     tx = optax.adamw(schedule, weight_decay=1e-2)
-    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    pixels, classes = jnp.asarray(images), jnp.asarray(labels)
 
     def step(carry, key):
         layers, opt_state = carry
         key_rows, key_noise = jax.random.split(key)
-        rows = jax.random.randint(key_rows, (128,), 0, len(labels))
-        x = images[rows].astype(jnp.float32)
+        rows = jax.random.randint(key_rows, (128,), 0, len(classes))
+        x = pixels[rows].astype(jnp.float32)
         x = x + jax.random.normal(key_noise, x.shape)  # one grey level: features less sharp than the classes
 
         def loss(layers):
             logits = _forward(layers, x)[1]
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
+            return optax.softmax_cross_entropy_with_integer_labels(logits, classes[rows]).mean()
 
         updates, opt_state = tx.update(jax.grad(loss)(layers), opt_state, layers)
         return (optax.apply_updates(layers, updates), opt_state), None

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,8 @@ class First:
     """The records of a set as they pass, of which the first `num` images are kept."""
 
     def __init__(self, records: Iterable[dict], num: int):
-        self._records, self._num, self._parts = records, num, []
+        self._records, self._num = records, num
+        self._parts: list[np.ndarray] = []
 
     def __iter__(self) -> Iterator[dict]:
         left = self._num
@@ -106,10 +108,15 @@ class Evaluator:
             feature_precision="float32, highest; statistics float64",
             covariance="1 / (N - 1)",
             metrics=self._settings(wanted, collected) or None,
-            real=None if self.real is None else f"{len(self.real)} images of {first.real.name}",
+            real=self._about_real(first),
             time=now(),
-            **versions(),
+            **dict[str, Any](versions()),
         )
+
+    def _about_real(self, first: Reference | None) -> str | None:
+        if self.real is None or first is None or first.real is None:
+            return None
+        return f"{len(self.real)} images of {first.real.name}"
 
     def _settings(self, wanted: Iterable[str], collected: Collected) -> dict[str, str]:
         """What the metrics beside the Fréchet distances depend on."""
@@ -120,7 +127,7 @@ class Evaluator:
             found["is"] = f"blocks of {collect.IS_BLOCK}, {'file order' if order is None else shuffled}, no bias"
         if "pr" in wanted:
             found["pr"] = "k = 3, float64"
-        if "kid" in wanted:
+        if "kid" in wanted and self.real is not None:
             found["kid"] = f"100 subsets of {min(collect.KID_SIZE, collected.num, len(self.real))}, seed 2020"
         if "fid_inf" in wanted:
             found["fid_inf"] = f"{collect.INF_POINTS} subsets of {collect.INF_LEAST} to {collected.num}, seed 0"
@@ -150,6 +157,7 @@ def with_real_features(evaluator: Evaluator, wanted: Iterable[str]) -> Evaluator
     if not {"pr", "kid"} & set(wanted):
         return evaluator
     first = next(iter(evaluator.references.values()))
+    assert first.real is not None, "`references` gives images wherever pr or kid are wanted"
     return dataclasses.replace(evaluator, real=collect.features_of(evaluator.networks[MAIN], first.real))
 
 

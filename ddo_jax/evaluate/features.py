@@ -9,6 +9,7 @@ import dataclasses
 import io
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -109,9 +110,9 @@ def _weights(name: str, weights: str | None):
     return released, files.digest(path)
 
 
-def _converted(released: convert.Released):
+def _converted(released: convert.Released) -> Any:
     try:
-        return convert.from_torch(released.kind, released.config, released.state_dict)
+        return convert.from_torch(released.kind or "", released.config, released.state_dict)
     except ValueError as e:
         raise UserError(f"weights of {released.kind}: {e}") from None
 
@@ -129,8 +130,15 @@ def _inception(weights: str | None) -> FeatureNet:
 
     # XLA's CPU backend is twice as fast on small batches (benchmarks/metrics.py: 13 against 7 images/s), and smaller
     apply = batched(jax.jit(program), batch=8 if jax.default_backend() == "cpu" else 64)
-    about = dict(kind="inception", resize="TF1 bilinear 299, (x - 128) / 128")
-    return FeatureNet("FID-Inception, pool3", digest, "fid", 1.0, lambda images: apply(_rgb(images)), **about)
+    return FeatureNet(
+        "FID-Inception, pool3",
+        digest,
+        "fid",
+        1.0,
+        lambda images: apply(_rgb(images)),
+        kind="inception",
+        resize="TF1 bilinear 299, (x - 128) / 128",
+    )
 
 
 def _dinov2(weights: str | None) -> FeatureNet:
@@ -140,8 +148,15 @@ def _dinov2(weights: str | None) -> FeatureNet:
     module, variables = _converted(released)
     variables = jax.device_put(variables)
     apply = batched(jax.jit(lambda images: {"features": dinov2.features(module, variables, images)}), batch=32)
-    about = dict(kind="dinov2", resize="bicubic antialiased 224, float")
-    return FeatureNet("DINOv2 ViT, class token", digest, "fd_dinov2", 1.0, lambda images: apply(_rgb(images)), **about)
+    return FeatureNet(
+        "DINOv2 ViT, class token",
+        digest,
+        "fd_dinov2",
+        1.0,
+        lambda images: apply(_rgb(images)),
+        kind="dinov2",
+        resize="bicubic antialiased 224, float",
+    )
 
 
 def _fitted(train, path: epath.Path, expected: str | None):
@@ -175,7 +190,10 @@ def _fitted(train, path: epath.Path, expected: str | None):
             f"{now}): scores could not be compared; put back a copy of the file, or take another --workdir"
         )
     buffer = io.BytesIO()
-    np.savez(buffer, **{f"{kind}{i}": x for i, layer in enumerate(layers) for kind, x in zip("wb", layer, strict=True)})
+    saved: dict[str, Any] = {
+        f"{kind}{i}": x for i, layer in enumerate(layers) for kind, x in zip("wb", layer, strict=True)
+    }
+    np.savez(buffer, **saved)
     files.keep(path, buffer.getvalue(), "the classifier of digits")
     return layers
 
@@ -189,8 +207,8 @@ def _digits(train, cache: epath.Path, expected: str | None) -> FeatureNet:
         features, logits = digits.features_and_logits(layers, _grey(images, train.image_shape))
         return {"features": np.asarray(features), "class_logits": np.asarray(logits)}
 
-    digest, about = digits.Classifier(layers).digest, dict(kind="digits", levels=17, fitted=True)
-    return FeatureNet("digits classifier, 32 features", digest, "fd_x100", 100.0, apply, **about)
+    name, digest = "digits classifier, 32 features", digits.Classifier(layers).digest
+    return FeatureNet(name, digest, "fd_x100", 100.0, apply, kind="digits", levels=17, fitted=True)
 
 
 RELEASED = {"inception": _inception, "dinov2": _dinov2}

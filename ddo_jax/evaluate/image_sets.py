@@ -6,6 +6,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -178,7 +179,7 @@ def of_npz(path: Path, num: int | None = None) -> ImageSet:
     return ImageSet(f"npz:{path.name}", len(indices), member.shape[1:], 256, classes, read, content)
 
 
-def _id(seeds: np.ndarray | None, i: int) -> str:
+def _id(seeds: np.ndarray | None, i: Any) -> str:
     return f"{int(i if seeds is None else seeds[i]):06d}"
 
 
@@ -243,10 +244,10 @@ def open_images(what: str, num: int | None = None, pool_levels: int = 256) -> Im
         raise UserError(f"--images: {what}: no such folder or file; allowed: a folder, zip, npz or pool of images")
     if is_npz(path):
         return of_npz(path, num)
-    records = archives.ZipRecords(path, "train", labelled=False)
+    images_of_zip = archives.ZipRecords(path, "train", labelled=False)  # first: it names what is wrong with a file
     with zipfile.ZipFile(path) as archive:
         labelled = tree.LABELS in archive.namelist()
-    return _encoded(records, labelled, num)
+    return _encoded(images_of_zip, labelled, num)
 
 
 def stored(name: str, shape: tuple[int, ...], lossy: Collection[str], reference: tuple[int, ...] | None) -> dict:

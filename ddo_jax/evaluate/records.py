@@ -18,8 +18,8 @@ import ddo_jax
 
 SCHEMA = 2  # 1: before 2026-12, without a number
 FULL = 50_000  # images; a score of fewer is never called "fid"
-FREE = ("kid", "kid_std", "fid_inf", "fid_inf_slope", "accuracy")  # names that say nothing of the number of images
-FREE += ("fd_x100", "fd")  # of small networks, whose scores are compared with their like only
+FREE = {"kid", "kid_std", "fid_inf", "fid_inf_slope", "accuracy"}  # names that say nothing of the number of images
+FREE |= {"fd_x100", "fd"}  # of small networks, whose scores are compared with their like only
 
 
 def named(metric: str, num: int) -> str:
@@ -134,7 +134,7 @@ class Evaluation:
         return {"schema": SCHEMA, **place, "metric": self.metric, **self.values, "protocol": self.protocol.record()}
 
 
-PLACE = ("schema", "phase", "step", "images", "metric", "protocol", "what", "round", "improved", "start", "candidate")
+PLACE = {"schema", "phase", "step", "images", "metric", "protocol", "what", "round", "improved", "start", "candidate"}
 
 
 def read(record: dict) -> Evaluation:
@@ -200,4 +200,4 @@ class Round:
 
 def read_round(record: dict) -> Round:
     """The inverse of `Round.record`, of any version."""
-    return Round(*(record[key] for key in ("round", "improved", "start", "candidate")), read(record))
+    return Round(record["round"], record["improved"], record["start"], record["candidate"], read(record))

@@ -15,6 +15,7 @@ import hashlib
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -200,9 +201,10 @@ def _gaussians(found: dict, lengths: dict[str, int], networks: dict[str, Feature
                 f"{where}: no statistics for {metric} ({keys}); it has {', '.join(found) or 'none'}: "
                 "take another reference file, or a dataset"
             )
-        length = lengths.get(metric, lengths.get("fid_inf", lengths.get("bootstrap")))
+        length = lengths.get(metric, lengths.get("fid_inf", lengths.get("bootstrap", 0)))
         network = networks[FRECHET[metric][0]].name
-        result[metric] = gaussian(*found[metric], length, f"{where}: {metric}", network)
+        mu, sigma = found[metric]
+        result[metric] = gaussian(mu, sigma, length, f"{where}: {metric}", network)
     return result
 
 
@@ -234,7 +236,7 @@ def statistics(images: image_sets.ImageSet, network: FeatureNet, owner: str) -> 
     found = collect.collect({owner: network}, metrics, records, images.num).moments
     if not network.fitted:
         buffer = io.BytesIO()
-        arrays = {key: x for m in metrics for key, x in zip(NPZ_KEYS[m], found[m], strict=True)}
+        arrays: dict[str, Any] = {key: x for m in metrics for key, x in zip(NPZ_KEYS[m], found[m], strict=True)}
         np.savez(buffer, num_images=np.int64(images.num), **arrays)
         files.keep(path, buffer.getvalue(), "statistics")
     return found
@@ -251,6 +253,7 @@ def open_dataset(name: str, split: str, directory: str | None):
         whole = image_sets.of_npz(path)
         return lambda limit: whole if limit is None or whole.num <= limit else image_sets.first(whole, limit)
     try:
+        source: Any = None
         if name == "digits":
             source = sources.open_source(name, split, directory)
         else:
@@ -266,7 +269,7 @@ def of_images(opened, lengths: dict[str, int], networks: dict[str, FeatureNet]) 
     Args:
       opened: limit or None -> ImageSet, of all images or so many. lengths, networks: see `load_file`.
     """
-    images, found = opened(None), {}
+    images, found = opened(None), dict[str, tuple]()
     for owner in sorted({FRECHET[metric][0] for metric in needed(lengths)}):
         found |= statistics(images, networks[owner], owner)
     real = opened(REAL_IMAGES) if {"pr", "kid"} & set(lengths) else None

@@ -157,16 +157,16 @@ class Diffusion(Family):
             if not least <= given.get("num_steps", least) <= most:
                 raise ValueError(f"num_steps is {given['num_steps']}: allowed are {least} to {most:,} with {solver}")
             if solver == "heun":
-                settings = samplers.HeunSettings(**given, grid=self.heun_grid)
-                samplers.heun_schedule(settings)  # refuses what cannot be sampled with
-                return settings
+                heun = samplers.HeunSettings(**given, grid=self.heun_grid)
+                samplers.heun_schedule(heun)  # refuses what cannot be sampled with
+                return heun
             if solver == "dpmv3":
                 if given.get("s_churn"):
                     raise ValueError(f"s_churn is {given['s_churn']}: solver dpmv3 adds no noise; set it to 0")
                 shared = ("num_steps", "sigma_min", "sigma_max")
-                settings = dpm_solver.DPMSettings(**{k: given[k] for k in shared if k in given})
-                dpm_solver.dpm_schedule(settings)
-                return settings
+                dpm = dpm_solver.DPMSettings(**{k: given[k] for k in shared if k in given})
+                dpm_solver.dpm_schedule(dpm)
+                return dpm
             raise ValueError(f"solver is {solver!r}; allowed: heun, dpmv3")
         except (TypeError, ValueError, ArithmeticError) as e:
             raise UserError(f"config.sampler: {e}") from None

@@ -43,7 +43,9 @@ class VARSettings(NamedTuple):
     reencode: bool = False
     scales: int = 1
 
-    solver = "var"
+    @property
+    def solver(self) -> str:
+        return "var"
 
     @property
     def nfe(self) -> int:
@@ -64,8 +66,8 @@ def tokenizer_module(vae: str, transformer: networks.VAR) -> VQVAE:
     try:
         return vqvae.load(vae, transformer.patch_nums)[0]
     except UserError:
-        sizes = dict(vocab_size=transformer.vocab_size, z_channels=transformer.z_channels)
-        return VQVAE(patch_nums=transformer.patch_nums, **sizes)
+        t = transformer
+        return VQVAE(patch_nums=t.patch_nums, vocab_size=t.vocab_size, z_channels=t.z_channels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +192,7 @@ class VARFamily(Family):
         maps = self.tokenizer(frozen, examples["tokens"], method="var_input")
         labels = jnp.where(draws["dropped"], self.module.num_classes, examples["label"])
         with jax.default_matmul_precision(self.precision):
-            logits = self.module.apply({"params": params}, labels, maps, **kwargs)
+            logits: Any = self.module.apply({"params": params}, labels, maps, **kwargs)
         return ar.ar_logp(logits, examples["tokens"])
 
     def ratio(self, s, s_ref, examples, draws):
@@ -204,8 +206,16 @@ class VARFamily(Family):
         if objective == "cca":
             positive = dropped | (labels[:, 0] == labels[:, 1])
             return ar.cca_loss(r[:, 0], r[:, 1], positive, lam=alpha, beta=beta)
-        how = dict(length=self.module.length, dropped_row_loss=self.dropped_row_loss)
-        return ar.var_ddo_loss(r[:, 0], r[:, 1], logp_real, dropped, alpha=alpha, beta=beta, **how)
+        return ar.var_ddo_loss(
+            r[:, 0],
+            r[:, 1],
+            logp_real,
+            dropped,
+            alpha=alpha,
+            beta=beta,
+            length=self.module.length,
+            dropped_row_loss=self.dropped_row_loss,
+        )
 
     def mle_loss(self, params, frozen, examples, draws, key):
         """Cross-entropy a token: its mean over the L tokens, as the base model was trained (section 4.5)."""

@@ -58,7 +58,9 @@ def test_missing_file(tmp_path):
     """Breaks if the line does not name the file."""
     with pytest.raises(UserError, match="--config: .*nowhere.py: no such file"):
         loading.Parser().parse(str(tmp_path / "nowhere.py"))
-    with pytest.raises(UserError, match="--config: digit: no such file; .* one of ours .digits, digits_var, edm2_in512,"):
+    with pytest.raises(
+        UserError, match="--config: digit: no such file; .* one of ours .digits, digits_var, edm2_in512,"
+    ):
         loading.Parser().parse("digit")
 
 

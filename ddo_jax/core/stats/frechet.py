@@ -204,13 +204,13 @@ def frechet_from_features(a: ArrayLike, b: ArrayLike) -> float:
       >>> round(frechet_from_features([[0.0], [2.0]], [[3.0], [7.0]]), 6)  # 4^2 + (sqrt 2 - sqrt 8)^2
       18.0
     """
-    a, b = _features(a, "a", least=2), _features(b, "b", least=2)
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"b has features of length {b.shape[1]}, a of {a.shape[1]}: they must agree")
-    mu_a, mu_b = a.mean(axis=0), b.mean(axis=0)
-    a, b = (a - mu_a) / np.sqrt(len(a) - 1), (b - mu_b) / np.sqrt(len(b) - 1)
-    tr_root = np.linalg.svd(a @ b.T, compute_uv=False).sum()
-    return float(((mu_a - mu_b) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * tr_root)
+    x, y = _features(a, "a", least=2), _features(b, "b", least=2)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"b has features of length {y.shape[1]}, a of {x.shape[1]}: they must agree")
+    mu_x, mu_y = x.mean(axis=0), y.mean(axis=0)
+    x, y = (x - mu_x) / np.sqrt(len(x) - 1), (y - mu_y) / np.sqrt(len(y) - 1)
+    tr_root = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    return float(((mu_x - mu_y) ** 2).sum() + (x**2).sum() + (y**2).sum() - 2 * tr_root)
 
 
 def _finite(value: ArrayLike, name: str) -> Float64[np.ndarray, "..."]:

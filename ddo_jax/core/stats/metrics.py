@@ -21,9 +21,9 @@ class Spread(NamedTuple):
     values: Float64[np.ndarray, "s"]
 
 
-def _spread(values) -> Spread:
-    values = np.asarray(values, np.float64)
-    return Spread(float(values.mean()), float(values.std()), values)
+def _spread(values: ArrayLike) -> Spread:
+    found = np.asarray(values, np.float64)
+    return Spread(float(found.mean()), float(found.std()), found)
 
 
 def _rows(value: ArrayLike, name: str, least: int = 1) -> np.ndarray:
@@ -79,13 +79,13 @@ def inception_score(
     n = len(logits)
     if (splits is None) == (block is None):
         raise ValueError("exactly one of splits and block must be given")
-    if not 1 <= (splits or block) or (splits or 1) > n:
+    if not 1 <= (splits or block or 0) or (splits or 1) > n:
         raise ValueError(f"splits is {splits}, block is {block}: from 1 to the {n} rows")
     rows = np.arange(n) if order is None else np.asarray(order)
-    if block is None:
+    if splits is not None:
         bounds = [i * n // splits for i in range(splits + 1)]
     else:
-        bounds = [*range(0, n, block), n]
+        bounds = [*range(0, n, block or n), n]
     return _spread([_score(logits[rows[i:j]]) for i, j in zip(bounds[:-1], bounds[1:], strict=True)])
 
 
@@ -207,8 +207,8 @@ def precision_recall(
             real_in[i] |= (d2 <= r_fake[None, j]).any(axis=1)
             balls += int((d2 < r_real[i, None]).sum())
             nearest[i] = np.minimum(nearest[i], d2.min(axis=1))
-    means = (fake_in.mean(), real_in.mean(), balls / (k * len(fake)), (nearest < r_real).mean())
-    return PrecisionRecall(*map(float, means), fake_in, real_in)
+    precision, recall, coverage = (float(x.mean()) for x in (fake_in, real_in, nearest < r_real))
+    return PrecisionRecall(precision, recall, balls / (k * len(fake)), coverage, fake_in, real_in)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -80,7 +80,9 @@ def test_duplicates_count(block, dtype):
     """<= and not <; radii of 0 where an image is there more than k times."""
     result = metrics.precision_recall(FID["prdup_real"], FID["prdup_fake"], k=3, block=block, dtype=dtype)
     np.testing.assert_allclose(result[:2], [FID["prdup_precision"], FID["prdup_recall"]], rtol=1e-12)
-    assert FID["prdup_precision_strict"] == 0 == result.density
+    assert FID["prdup_precision_strict"] == 0
+    if dtype == np.float64:  # in float32 a tie at a distance above 0 is broken by rounding, differently on every CPU
+        assert result.density == 0
 
 
 def test_duplicates_at_the_size_of_real_features():
