@@ -9,7 +9,7 @@ reported on three others).
 Variants: `:runlocal` the same code path in under a minute; `:unet` a small DDPM++ instead of the MLP
 (convolutions are slow on XLA's CPU backend; its full length was not timed).
 
-The recipe was searched on this data (issue "The main job"): "ours" below; "EDM" marks Karras et al. 2022.
+The recipe was searched on this data: "ours" below; "EDM" marks Karras et al. 2022.
 """
 
 from ddo_jax.config import base

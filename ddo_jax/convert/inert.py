@@ -1,6 +1,6 @@
 """What a pickle may hold and what its allowed globals do: our own inert values, nothing of the file.
 
-`HANDLERS` is the allow-list (specs/edm.md 16.3, edm2.md 10, var.md 6.1, metrics.md 7); `pickles` is the interpreter.
+`HANDLERS` is the allow-list (specs/edm.md 16.3, specs/edm2.md section 10, specs/var.md section 6.1, specs/metrics.md section 7); `pickles` is the interpreter.
 Everything is checked when it is built, so that a `Tensor` or `NumpyArray` that exists can be read.
 """
 
@@ -75,7 +75,7 @@ class Stub:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Record:
-    """A persistent object of NVIDIA's files (edm.md 16.2), without its source text."""
+    """A persistent object of NVIDIA's files (specs/edm.md section 16.2), without its source text."""
 
     class_name: str
     state: dict

@@ -4,8 +4,8 @@
     infer_edm(state), infer_edm2(state), infer_dinov2(state)   # arguments from the arrays alone
     edm_config(recorded, state), edm2_config(recorded, state)  # as recorded, completed and checked by the arrays
 
-Nothing is allocated: `state` may hold anything with a shape. Sources: specs/edm.md 6, 7, 16.2; edm2.md 3-7, 13;
-var.md 6.
+Nothing is allocated: `state` may hold anything with a shape. Sources: specs/edm.md 6, 7, 16.2; specs/edm2.md section 3-7, 13;
+specs/var.md section 6.
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy as np
 
 from ddo_jax.convert.inert import UnsafeOrDamaged, show
 
-# First convolution of FID-Inception in each of its namings (metrics.md section 4)
+# First convolution of FID-Inception in each of its namings (specs/metrics.md section 4)
 INCEPTION = {
     "Conv2d_1a_3x3.conv.weight": "torch",
     "conv/conv2d_params": "tf",
@@ -147,7 +147,7 @@ def _check_attention(recorded, inferred: dict, narrowest: int):
 # ----------------------------------------------------------------------------------------------------
 # EDM
 
-_DEFAULTS = {  # edm.md section 6; what a file leaves out has these values
+_DEFAULTS = {  # specs/edm.md section 6; what a file leaves out has these values
     "class_name": "EDMPrecond",
     "model_type": "DhariwalUNet",
     "label_dim": 0,
@@ -236,7 +236,7 @@ def edm_config(recorded: dict, state: dict) -> dict:
 # ----------------------------------------------------------------------------------------------------
 # EDM2
 
-DEFAULTS_EDM2 = {  # edm2.md sections 3-5; what a file leaves out has these values
+DEFAULTS_EDM2 = {  # specs/edm2.md sections 3-5; what a file leaves out has these values
     "class_name": "Precond",
     "model_channels": 192,
     "channel_mult": [1, 2, 3, 4],
@@ -254,7 +254,7 @@ UNSEEN_EDM2 = {  # which no shape shows
 
 
 def infer_edm2(state: dict, recorded: dict | None = None) -> dict:
-    """Constructor arguments of the EDM2 network whose released names and shapes these are (edm2.md sections 4, 7).
+    """Constructor arguments of the EDM2 network whose released names and shapes these are (specs/edm2.md sections 4, 7).
 
     They rebuild all names and shapes. What no shape shows is left out and has its default (`UNSEEN_EDM2`). The number
     of heads does not show either: channels_per_head is 64, as in every released network; where attention at fewer

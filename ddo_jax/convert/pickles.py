@@ -346,7 +346,7 @@ def plain(value, budget: Budget):
 
 
 def loads(data):
-    """A pickle of plain values and NumPy arrays, such as the reference statistics (metrics.md 7).
+    """A pickle of plain values and NumPy arrays, such as the reference statistics (specs/metrics.md section 7).
 
     Raises:
       UnsafeOrDamaged: anything else.

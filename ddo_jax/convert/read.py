@@ -24,7 +24,9 @@ from ddo_jax.errors import UserError
 MAX_ENTRIES, MAX_NAME = 20_000, 512  # of a state dict: parameters and modules; characters
 # Our own metadata in safetensors; the last one is `extras["encoder"]`.
 KIND_KEY, CONFIG_KEY, ENCODER_KEY = "ddo_jax_kind", "ddo_jax_config", "ddo_jax_released_encoder"
-SNAPSHOT = re.compile(r".*-([0-9]{1,12})-([0-9]{1,3}\.[0-9]{1,6})\.[a-z]+")  # edm2.md 9: ...-{kimg}-{EMA std}.pkl
+SNAPSHOT = re.compile(
+    r".*-([0-9]{1,12})-([0-9]{1,3}\.[0-9]{1,6})\.[a-z]+"
+)  # specs/edm2.md section 9: ...-{kimg}-{EMA std}.pkl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Released:
       kind: "edm", "mlp", "edm2", "sdvae", "var", "vqvae", "inception", "dinov2", or None: none of these.
       config: the constructor arguments as recorded, with what they leave out but the shapes show.
       state_dict: {released name: NumPy array} in file order, with the dtypes of the file: EDM2's are float16, to be
-        cast to float32 before any use (edm2.md 5). Only bfloat16 is widened, to float32.
+        cast to float32 before any use (specs/edm2.md section 5). Only bfloat16 is widened, to float32.
       extras: format; dtypes {name: dtype in the file}; top_level (keys of the file's outermost dictionary);
         class_name (NVIDIA's pickles); metadata (safetensors); kimg and std, thousands of images and EMA length, where
         the file is named as EDM2's snapshots. Of edm2 also
@@ -127,7 +129,7 @@ _CLASSES = {"edm": "EDMPrecond", "edm2": "Precond"}  # of NVIDIA's pickles
 
 
 def flatten(module) -> dict:
-    """{dotted name: Tensor} of a pickled module: parameters, buffers, then sub-modules (edm.md 16.5)."""
+    """{dotted name: Tensor} of a pickled module: parameters, buffers, then sub-modules (specs/edm.md section 16.5)."""
     out, visits = {}, 0
 
     def walk(node, prefix):
@@ -199,7 +201,7 @@ def _nvidia(data) -> Released:
 
 
 def _encoder(value) -> dict | None:
-    """What makes pixels of EDM2's x (edm2.md 12), as recorded; None: plain pixels."""
+    """What makes pixels of EDM2's x (specs/edm2.md section 12), as recorded; None: plain pixels."""
     if value is None:
         return None
     if type(value) is not Record:
@@ -264,7 +266,7 @@ def _torch(data) -> Released:
 
 
 def _ema_lengths(top) -> list:
-    """The stds of an EDM2 training state, one state dict each (edm2.md 8); empty for any other file.
+    """The stds of an EDM2 training state, one state dict each (specs/edm2.md section 8); empty for any other file.
 
     Its `net` has the weights of the last step, which nobody samples from: `_torch` takes the first EMA instead.
     """
@@ -280,7 +282,7 @@ def _ema_lengths(top) -> list:
 
 
 def find_state_dict(top) -> dict:
-    """The dict of tensors in a (nested) checkpoint: the one with `pos_1LC` (var.md 6.1), else the largest."""
+    """The dict of tensors in a (nested) checkpoint: the one with `pos_1LC` (specs/var.md section 6.1), else the largest."""
     found, todo, seen = [], collections.deque([top]), set()
     while todo:
         node = todo.popleft()

@@ -1,8 +1,8 @@
 """The three containers of torch tensors, without torch: legacy streams, zip files, NVIDIA's pickles.
 
     load_pickle(data)   a pickle whose tensors hold one legacy stream each (specs/edm.md 16)
-    load_legacy(data)   torch.save before 1.6, and each of those streams (edm.md 16.4)
-    load_zip(data)      torch.save since 1.6: data.pkl and data/<key> in a zip, uncompressed (var.md 6.1)
+    load_legacy(data)   torch.save before 1.6, and each of those streams (specs/edm.md section 16.4)
+    load_zip(data)      torch.save since 1.6: data.pkl and data/<key> in a zip, uncompressed (specs/var.md section 6.1)
 
 Each returns the unpickled graph of `pickles` (dict, `Record`, `Stub`, `Tensor` ...), free of cycles. Tensors are
 views of `data` until `Tensor.array()`. All raise `UnsafeOrDamaged`.

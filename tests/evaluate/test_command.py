@@ -1,4 +1,7 @@
-"""python -m ddo_jax.evaluate, end to end: images or a checkpoint in, a table and records with their protocol out."""
+"""python -m ddo_jax.evaluate, end to end: images or a checkpoint in, a table and records with their protocol out.
+
+Sections are those of specs/metrics.md.
+"""
 
 import json
 import zipfile

@@ -1,4 +1,7 @@
-"""EDM layers against edm_units.npz, and what the networks promise beside their numbers (see tests/parity)."""
+"""EDM layers against edm_units.npz, and what the networks promise beside their numbers (see tests/parity).
+
+Sections are those of specs/edm.md.
+"""
 
 import math
 from pathlib import Path

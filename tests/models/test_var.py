@@ -1,4 +1,7 @@
-"""VAR: sizes, initial weights, what sees what, precision, sampling. tests/parity has the numbers of the reference."""
+"""VAR: sizes, initial weights, what sees what, precision, sampling. tests/parity has the numbers of the reference.
+
+Sections are those of specs/var.md.
+"""
 
 import math
 from functools import partial

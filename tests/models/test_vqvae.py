@@ -1,4 +1,7 @@
-"""VAR's tokenizer: shapes and dtypes, precision, the choice of codes and phis, gradients, configurations."""
+"""VAR's tokenizer: shapes and dtypes, precision, the choice of codes and phis, gradients, configurations.
+
+Sections are those of specs/var.md.
+"""
 
 import functools
 import json
