@@ -3,7 +3,7 @@
     python -m ddo_jax.main --config=configs/edm2_in512.py --workdir=DIR
 
 Needs ImageNet as EDM2's zip of latents, made once, the released EDM2-L weights, the SD-VAE (Apache-2.0), the
-Inception weights and EDM2's reference statistics (README, "Released weights to numbers"):
+Inception weights and EDM2's reference statistics (docs/weights.md):
 
     python -m ddo_jax.data encode ~/imagenet/train imagenet-512x512-sd.zip --vae=sd-vae-ft-mse --resolution=512 \\
         --crop=center-dhariwal
@@ -36,7 +36,7 @@ def get_config(variant: str = ""):
         config.model.update(model_channels=320, dropout=0.1)  # EDM2; all else are the network's defaults
         config.model.update(channel_mult=(1, 2, 3, 4), num_blocks=3, attn_resolutions=(16, 8), channels_per_head=64)
     config.sampler.update(solver="heun", num_steps=32)  # EDM2: 63 NFE
-    config.remat = True  # ours: memory only, see README "Measured"
+    config.remat = True  # ours: memory only, see docs/measured.md
 
     # EDM2 throughout, preset img512-l; it zeroed gradients that are not finite, we stop at them
     pretrain = config.pretrain

@@ -3,7 +3,7 @@
     python -m ddo_jax.main --config=configs/edm2_in64.py --workdir=DIR
 
 Needs ImageNet as EDM2's 64 x 64 zip, made once from the 1,281,167 training images (one folder a class), the released
-EDM2-S weights, the Inception weights and EDM2's reference statistics (README, "Released weights to numbers"):
+EDM2-S weights, the Inception weights and EDM2's reference statistics (docs/weights.md):
 
     python -m ddo_jax.data ~/imagenet/train imagenet-64x64.zip --resolution=64 --crop=center-dhariwal
 
@@ -32,7 +32,7 @@ def get_config(variant: str = ""):
         config.model.update(model_channels=192, dropout=0.0)  # EDM2; all else are the network's defaults
         config.model.update(channel_mult=(1, 2, 3, 4), num_blocks=3, attn_resolutions=(16, 8), channels_per_head=64)
     config.sampler.update(solver="heun", num_steps=32)  # EDM2: 63 NFE
-    config.remat = True  # ours: memory only, see README "Measured"
+    config.remat = True  # ours: memory only, see docs/measured.md
 
     # EDM2 throughout, preset img64-s; it zeroed gradients that are not finite, we stop at them
     pretrain = config.pretrain

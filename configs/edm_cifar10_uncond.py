@@ -3,7 +3,7 @@
     python -m ddo_jax.main --config=configs/edm_cifar10_uncond.py --workdir=DIR
 
 Needs CIFAR-10 as a TFDS set or EDM's zip (--config.data.name=zip:PATH), the released weights and the Inception
-weights (README, "Released weights to numbers"). The authors report about 3 hours a round. NOT RUN here.
+weights (docs/weights.md). The authors report about 3 hours a round. NOT RUN here.
 
 Variants: `:search` the grid over alpha and beta, `:from_scratch` EDM's own pretraining first, `:released` scores the
 authors' fine-tuned weights (the one-command reproduction of 1.38), `:runlocal` under a minute on a CPU.

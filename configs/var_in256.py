@@ -9,7 +9,7 @@ the authors' script calls 1.0 is a ramp to 1.0 in its sampler, whose guidance-fr
 
 Needs ImageNet as a prepared TFDS set or as a folder (--config.data.name=folder:~/imagenet/train), resized and cropped
 as it is read (data.crop), the released transformer and tokenizer (`var-d16`, `var-d30`, `var-vae`), the Inception
-weights and OpenAI's reference batch (README, "Released weights to numbers"). `--dry_run` adds up memory and images.
+weights and OpenAI's reference batch (docs/weights.md). `--dry_run` adds up memory and images.
 Compiled, not run (benchmarks/aot.py): one 80 GB GPU --config.ddo.accumulation=4 (d16: 21 GB); 8 x H100
 --config.mesh.fsdp=8 (d16: 17 GB, d30: 24 GB each). NOT RUN here (no weights, no ImageNet, no accelerator).
 

@@ -1,6 +1,7 @@
 """What a pickle may hold and what its allowed globals do: our own inert values, nothing of the file.
 
-`HANDLERS` is the allow-list (specs/edm.md 16.3, specs/edm2.md section 10, specs/var.md section 6.1, specs/metrics.md section 7); `pickles` is the interpreter.
+`HANDLERS` is the allow-list (specs/edm.md 16.3, specs/edm2.md section 10,
+specs/var.md section 6.1, specs/metrics.md section 7); `pickles` is the interpreter.
 Everything is checked when it is built, so that a `Tensor` or `NumpyArray` that exists can be read.
 """
 

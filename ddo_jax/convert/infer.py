@@ -4,8 +4,8 @@
     infer_edm(state), infer_edm2(state), infer_dinov2(state)   # arguments from the arrays alone
     edm_config(recorded, state), edm2_config(recorded, state)  # as recorded, completed and checked by the arrays
 
-Nothing is allocated: `state` may hold anything with a shape. Sources: specs/edm.md 6, 7, 16.2; specs/edm2.md section 3-7, 13;
-specs/var.md section 6.
+Nothing is allocated: `state` may hold anything with a shape. Sources: specs/edm.md sections 6, 7, 16.2;
+specs/edm2.md sections 3-7, 13; specs/var.md section 6.
 """
 
 import math
@@ -254,7 +254,7 @@ UNSEEN_EDM2 = {  # which no shape shows
 
 
 def infer_edm2(state: dict, recorded: dict | None = None) -> dict:
-    """Constructor arguments of the EDM2 network whose released names and shapes these are (specs/edm2.md sections 4, 7).
+    """Constructor arguments of an EDM2 network by its released names and shapes (specs/edm2.md sections 4, 7).
 
     They rebuild all names and shapes. What no shape shows is left out and has its default (`UNSEEN_EDM2`). The number
     of heads does not show either: channels_per_head is 64, as in every released network; where attention at fewer

@@ -149,7 +149,7 @@ def resolve(what) -> str:
     if not found:
         names = sorted([*SOURCES, *ALIASES])
         near = difflib.get_close_matches(what, names, n=3)
-        hint = ", ".join(near) if near else "as edm-cifar10-cond-vp-ddo or edm2-img64-s; README lists them"
+        hint = ", ".join(near) if near else "as edm-cifar10-cond-vp-ddo or edm2-img64-s; docs/weights.md lists them"
         raise UserError(f"{what}: no such file and no known name; allowed: a path, URL or name ({hint})")
     if scheme not in _FETCH:
         raise UserError(f"{what}: {scheme}:// is not supported; allowed: {', '.join(f'{s}://' for s in _FETCH)}")

@@ -282,7 +282,7 @@ def _ema_lengths(top) -> list:
 
 
 def find_state_dict(top) -> dict:
-    """The dict of tensors in a (nested) checkpoint: the one with `pos_1LC` (specs/var.md section 6.1), else the largest."""
+    """The dict of tensors in a (nested) checkpoint: that with `pos_1LC` (specs/var.md section 6.1), or the largest."""
     found, todo, seen = [], collections.deque([top]), set()
     while todo:
         node = todo.popleft()

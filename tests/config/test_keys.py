@@ -192,6 +192,14 @@ def test_bad_values_are_refused(micro, key, value, words):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("images, expected", [(10.4, 10), (10.6, 11), (0.2, 1)])
+def test_durations_are_rounded(images, expected):
+    """Breaks if a duration that no number of batches makes is rounded up, or down, or to no step at all."""
+    duration = configs.base().ddo.length
+    duration.mimg = images * 512 / 1e6
+    assert configs.steps(duration, 512, 1, "ddo.length") == expected
+
+
 FOREIGN = [("dtype", "bfloat16"), ("ddo.reencode", False), ("ddo.dropped_row_loss", "nll"), ("sampler.cfg", 1.0)]
 
 

@@ -129,7 +129,7 @@ def test_unknown_names():
     assert "edm-cifar10-uncond-vp-ddo" in error("edm-cifar10-uncond-vp-dod")
     assert "edm2-img64-s-1073741-0.075" in error("edm2-img64-s-1073741-0.085")
     assert "var-d16-ddo" in error("var-d16-cca") and "var-vae" in error("var_vae")
-    assert "edm2-img64-s; README lists them" in error("xyzzy")
+    assert "edm2-img64-s; docs/weights.md lists them" in error("xyzzy")
     assert "s3:// is not supported; allowed: hf://, gs://, https://" in error("s3://bucket/x")
     assert "http:// is not supported" in error("http://example.org/x")
     assert "no such file and no known name" in error("")

@@ -1,4 +1,7 @@
-"""The restricted pickle reader: what it accepts, what it refuses and by which line (specs/edm.md 16, specs/var.md section 6.1)."""
+"""The restricted pickle reader: what it accepts, what it refuses and by which line.
+
+Sections: specs/edm.md section 16, specs/var.md section 6.1.
+"""
 
 import pickle
 import struct

@@ -348,6 +348,14 @@ def test_tokenizers_that_are_refused(vae, tmp_path):
         get_family(config(str(tmp_path / "none.safetensors"))).companions()
 
 
+def test_fakes_are_the_reference_as_it_is(vae):
+    """Breaks if the guidance or the filters of evaluations reach the fakes that a round is trained on."""
+    family = get_family(config(vae))
+    settings = family.settings({"cfg": 3.0, "top_k": 5, "top_p": 0.9, "more_smooth": True})
+    assert family.fake_settings(settings)[:5] == (0.0, 0, 0.0, False, True)
+    assert (settings.nfe, family.fake_settings(settings).nfe) == (6, 3)
+
+
 def test_settings_that_are_refused(small):
     """Breaks if a key of the diffusion samplers, or nonsense, is ignored."""
     family = small[0]

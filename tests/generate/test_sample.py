@@ -15,6 +15,7 @@ from ddo_jax import convert, sample
 from ddo_jax.convert import safetensors
 from ddo_jax.core.torch_rng import edm_streams
 from ddo_jax.errors import UserError
+from ddo_jax.generate import request as requests
 from ddo_jax.generate.labels import class_labels
 from ddo_jax.generate.request import Request, generate, noise_shape
 from ddo_jax.generate.seeds import check_apart, parse_seeds, seeds_text
@@ -139,6 +140,27 @@ def test_guidance(released, tmp_path):
     weak.write_bytes(safetensors.dumps(half, {k: found.extras["metadata"][k] for k in found.extras["metadata"]}))
     guided = images(released, batch=16, guide=str(weak), guidance=1.5)[2].astype(int)
     assert np.abs(guided - plain).mean() > 0.5
+
+
+def test_a_sweep_gives_every_strength_to_the_guide(released, monkeypatch):
+    """Breaks if the strengths of a second network's guidance are exchanged, or that without guidance is guided."""
+    given = []
+
+    def make_sampler(family, settings, mesh, batch, streams, guide):
+        def sampler(params, frozen, seeds, labels, weight=None):
+            given.append((weight, guide.weight))
+            return iter(())
+
+        return sampler
+
+    monkeypatch.setattr(requests, "make_sampler", make_sampler)
+    asked = request(released, guide=str(released))
+    found = dict(requests.sweep(asked, "guidance", [1.0, 1.5, 3.0]))
+    for model in found.values():
+        list(model.images(np.arange(2), np.zeros(2, np.int32)))
+    assert [weight for weight, _ in given] == [1.0, 1.5, 3.0]
+    records = [m.protocol["guidance"] and m.protocol["guidance"]["weight"] for m in found.values()]
+    assert records == [None, 1.5, 3.0] and [m.protocol["nfe"] for m in found.values()] == [5, 10, 10]
 
 
 def test_folder_is_continued(released, tmp_path, capsys):

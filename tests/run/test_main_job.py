@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 import ddo_jax
-from ddo_jax import files
+from ddo_jax import files, sample
+from ddo_jax.convert import __main__ as convert_command
 from ddo_jax.errors import UserError
+from ddo_jax.evaluate import __main__ as evaluate_command
 from ddo_jax.evaluate import features
 from ddo_jax.evaluate.records import Evaluation, Protocol, Round
 from ddo_jax.plan import dry_run
@@ -23,6 +25,7 @@ from ddo_jax.run.scoring import scoring_inputs
 from ddo_jax.store import checkpoint
 from ddo_jax.store.checkpoint import restore_ema
 from ddo_jax.store.workdir import check_inputs, open_workdir
+from tests.harness import exit_code
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,25 @@ class Judge:
         return dataclasses.replace(found, values=found.values | {"fd_x100": self.scores(*at[:2])}), images
 
 
+def test_every_command_reads_what_a_run_exports(done, tmp_path, capsys):
+    """Breaks if best/params.safetensors is refused by a command, or is another network than best/."""
+    _, workdir = done
+    exported = str(workdir / "best" / "params.safetensors")
+    images = []
+    for what, out in ((exported, "a.npz"), (str(workdir), "b.npz")):
+        sample.main([f"--checkpoint={what}", f"--out={tmp_path / out}", "--seeds=0-3", "--num_steps=2", "--batch=4"])
+        with np.load(tmp_path / out) as made:
+            images.append(made["arr_0"])
+    np.testing.assert_array_equal(*images)
+    assert exit_code(convert_command.main, [exported, str(tmp_path / "c.safetensors")]) == 0
+    family, params, frozen = ddo_jax.load(exported)
+    assert family.spec == ddo_jax.load(str(workdir)).family.spec
+    flags = ["--network=digits", "--ref=digits", "--seeds=0-9", "--batch=10", "--num_steps=2"]
+    evaluate_command.main([f"--checkpoint={exported}", f"--out={tmp_path / 'e.jsonl'}", *flags])
+    (record,) = files.read_jsonl(tmp_path / "e.jsonl")
+    assert record["protocol"]["sampler"]["num_steps"] == 2 and record["accuracy"] >= 0
+
+
 def play(setup, workdir, scores, **changes):
     """One round in `workdir` whose evaluations are `scores(phase, step)`: (setup, start, after, `Round`)."""
     config = setup.config.copy_and_resolve_references()
@@ -138,6 +160,32 @@ def test_a_worse_candidate_keeps_the_reference(setup, new_workdir):
     assert not summary.improved and after is ref
     assert any("reference is kept" in line for line in setup.console.lines)
     assert not list(own.workdir.glob("rounds/001/*/checkpoints/*"))
+
+
+def test_a_tie_keeps_the_reference(setup, new_workdir):
+    """Breaks if a candidate that is no better takes the reference's place."""
+    _, ref, after, summary = play(setup, new_workdir("tie"), lambda *_: 1.0)
+    assert not summary.improved and after is ref
+
+
+def test_noise_levels_change_with_their_round(setup, tmp_path, monkeypatch):
+    """Breaks if a new P_std comes one round late, or early."""
+    seen = []
+
+    def stop(setup, candidates):
+        seen.append({c.hyper.noise for c in candidates})
+        raise InterruptedError
+
+    config = setup.config.copy_and_resolve_references()
+    config.ddo.update(p_mean=-0.4, p_std=1.2, p_std_from=((2, 3.0), (4, 4.0)), pool=0)
+    place = dict(config=config, workdir=setup.workdir.__class__(tmp_path))
+    own = dataclasses.replace(setup, scorer=Judge(setup.scorer, lambda *_: 1.0), **place)
+    monkeypatch.setattr(rounds, "best_candidate", stop)
+    ref = jax.tree.map(np.asarray, setup.family.init(jax.random.key(0))[0])
+    for index in range(4):
+        with pytest.raises(InterruptedError):
+            rounds.play_round(own, index, ref)
+    assert seen == [{(-0.4, 1.2)}, {(-0.4, 3.0)}, {(-0.4, 3.0)}, {(-0.4, 4.0)}]
 
 
 def test_the_best_step_of_the_best_candidate_wins(setup, new_workdir):
