@@ -24,23 +24,26 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 HARNESS = ("run", "store", "plan", "generate")  # folders whose tests train: optax's Adam fails under strict promotion
 
 
-def _cache(config) -> Path:
-    """The same folder in every worker of a session."""
-    session = getattr(config, "workerinput", {}).get("testrunuid") or f"{os.getpid()}"
-    return Path(tempfile.gettempdir()) / f"ddo_jax-tests-{session}"
+MOST_BYTES = 2**30  # of a worker: above, compiled programs are dropped between modules
+
+
+def _cache() -> Path:
+    """Compiled programs, for all workers, their child processes and later sessions of this user."""
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    name = f"ddo_jax-tests-{os.getuid()}-{jax.__version__}"
+    return Path(given) if given else Path(tempfile.gettempdir()) / name
 
 
 def pytest_configure(config):
-    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
-        options = {"dir": str(_cache(config)), "raise_persistent_cache_errors": False}
-        jax.config.update("jax_compilation_cache_dir", options["dir"])
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_cache())
+    for name, value in (("MIN_COMPILE_TIME_SECS", 0.1), ("MIN_ENTRY_SIZE_BYTES", -1)):
+        os.environ[f"JAX_PERSISTENT_CACHE_{name}"] = str(value)
+        jax.config.update(f"jax_persistent_cache_{name.lower()}", value)
+    jax.config.update("jax_compilation_cache_dir", str(_cache()))
 
 
-def pytest_unconfigure(config):
-    if not hasattr(config, "workerinput"):
-        shutil.rmtree(_cache(config), ignore_errors=True)
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,7 +58,8 @@ def digits_directory(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def fresh_programs():
     yield
-    jax.clear_caches()
+    if _resident_bytes() > MOST_BYTES:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module", autouse=True)

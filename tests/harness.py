@@ -1,6 +1,16 @@
 """What the tests of the harness share: a micro config, a quiet console."""
 
+import jax
+import numpy as np
+
 from ddo_jax import config as configs
+
+
+def random_variables(init, *args, scale: float = 0.3, seed: int = 0):
+    """Variables of the shapes of `init(key, *args)`, drawn by NumPy: no program of initialisers is compiled."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(init, jax.random.key(0), *args)
+    return jax.tree.map(lambda x: (scale * rng.standard_normal(x.shape)).astype(x.dtype), shapes)
 
 
 def micro_config():

@@ -268,13 +268,7 @@ def validate(config, devices: int) -> None:
     for key in needed:
         phase, name = key.split(".")
         require(_is_set(config[phase][name]), key, "unset", "a duration")
-    labels, allowed = config.ddo.pool_labels, "balanced, data"
-    if not config.ddo.pool or config.objective != "ddo":
-        allowed = "balanced: there is no pool, fakes have the labels of the real rows beside them"
-    require(labels in allowed.split(":")[0].split(", "), "ddo.pool_labels", labels, allowed)
-    least = config.ddo.batch
-    allowed = f"at least ddo.batch = {least}, the fakes of a step, or 0 for fakes made as training goes"
-    require(config.ddo.pool == 0 or config.ddo.pool >= least, "ddo.pool", config.ddo.pool, allowed)
+    _check_pool(config)
     scratch = config.init == "scratch"
     require(
         not scratch or _is_set(config.pretrain.length),
@@ -282,11 +276,31 @@ def validate(config, devices: int) -> None:
         "unset",
         "a duration, or config.init = a checkpoint",
     )
+    _check_devices(config, devices)
+    _check_evaluation(config)
+    for key, value in leaves(config):
+        require(all(map(math.isfinite, _numbers(value))), key, value, "finite numbers")
+
+
+def _check_pool(config) -> None:
+    labels, allowed = config.ddo.pool_labels, "balanced, data"
+    if not config.ddo.pool or config.objective != "ddo":
+        allowed = "balanced: there is no pool, fakes have the labels of the real rows beside them"
+    require(labels in allowed.split(":")[0].split(", "), "ddo.pool_labels", labels, allowed)
+    least = config.ddo.batch
+    allowed = f"at least ddo.batch = {least}, the fakes of a step, or 0 for fakes made as training goes"
+    require(config.ddo.pool == 0 or config.ddo.pool >= least, "ddo.pool", config.ddo.pool, allowed)
+
+
+def _check_devices(config, devices: int) -> None:
     fsdp = config.mesh.fsdp
     require(fsdp >= 1 and devices % fsdp == 0, "mesh.fsdp", fsdp, f"a divisor of the {devices} devices")
     batches = {f"{p}.batch": config[p].batch // config[p].accumulation for p in ("pretrain", "ddo", "control")}
     for key, value in {**batches, "eval.batch": config.eval.batch}.items():
         require(value % devices == 0, key, value, f"(per micro-batch) a multiple of the {devices} devices")
+
+
+def _check_evaluation(config) -> None:
     for key in ("eval.batch", "eval.grid", "log.every"):
         section, name = key.split(".")
         require(config[section][name] >= 1, key, config[section][name], "at least 1")
@@ -294,5 +308,3 @@ def validate(config, devices: int) -> None:
         value = config.eval[key]
         require(value is None or value >= 2, f"eval.{key}", value, "at least 2")
     require(config.eval.report_seeds >= 1, "eval.report_seeds", config.eval.report_seeds, "at least 1")
-    for key, value in leaves(config):
-        require(all(map(math.isfinite, _numbers(value))), key, value, "finite numbers")

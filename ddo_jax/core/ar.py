@@ -224,20 +224,19 @@ def dropped_row_weights(
 def var_ddo_terms(
     r_real: Float[Array, "b"],
     r_fake: Float[Array, "b"],
-    logp_real: Float[Array, "b"],
+    token_nll: Float[Array, "b"],
     dropped: Bool[Array, "b"],
     *,
     beta: ScalarLike,
-    length: int,
     dropped_row_loss: str,
 ) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
     """The DDO terms of a batch in which some labels were dropped, without weights.
 
-        R_i = -log sigmoid(beta r_real_i);  of a dropped row with "nll"  R_i = -logp_real_i / length
+        R_i = -log sigmoid(beta r_real_i);  of a dropped row with "nll"  R_i = token_nll_i
         F_i = -log sigmoid(-beta r_fake_i)
 
     Args:
-      r_real, r_fake, logp_real, dropped, beta, length, dropped_row_loss: as `var_ddo_loss`.
+      r_real, r_fake, token_nll, dropped, beta, dropped_row_loss: as `var_ddo_loss`.
 
     Returns:
       (R [B], F [B]), both >= 0, float32 (float64 if r is).
@@ -247,30 +246,29 @@ def var_ddo_terms(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> r, logp, dropped = jnp.zeros(2), jnp.full(2, -30.0), jnp.array([False, True])
-      >>> print(*var_ddo_terms(r, r, logp, dropped, beta=0.02, length=10, dropped_row_loss="nll"))
+      >>> r, token_nll, dropped = jnp.zeros(2), jnp.full(2, 3.0), jnp.array([False, True])
+      >>> print(*var_ddo_terms(r, r, token_nll, dropped, beta=0.02, dropped_row_loss="nll"))
       [0.6931472 3.       ] [0.6931472 0.6931472]
 
     Reference: specs/var.md section 8.
     """
     _check_choice(dropped_row_loss)
-    dropped, logp_real = _flags("dropped", dropped), door.floats("logp_real", logp_real, rank=1)
+    dropped, token_nll = _flags("dropped", dropped), door.floats("token_nll", token_nll, rank=1)
     real, fake = ddo.ddo_terms(r_real, r_fake, alpha=1.0, beta=beta)
-    door.alike(r_real=real, r_fake=fake, logp_real=logp_real, dropped=dropped)
+    door.alike(r_real=real, r_fake=fake, token_nll=token_nll, dropped=dropped)
     if dropped_row_loss == "nll":
-        real = jnp.where(dropped, -logp_real.astype(real.dtype) / length, real)
+        real = jnp.where(dropped, token_nll.astype(real.dtype), real)
     return real, fake
 
 
 def var_ddo_loss(
     r_real: Float[Array, "b"],
     r_fake: Float[Array, "b"],
-    logp_real: Float[Array, "b"],
+    token_nll: Float[Array, "b"],
     dropped: Bool[Array, "b"],
     *,
     alpha: ScalarLike,
     beta: ScalarLike,
-    length: int,
     dropped_row_loss: str,
 ) -> tuple[Float[Array, ""], ddo.Stats]:
     """The DDO loss of a batch in which some labels were dropped, and what to log beside it.
@@ -283,10 +281,10 @@ def var_ddo_loss(
 
     Args:
       r_real: log-ratios of data, [B], nats, summed over tokens. r_fake: of samples of the reference.
-      logp_real: log-likelihood of the data under the model that is trained, [B]; used by "nll" only.
+      token_nll: -log p / L of the data under the model that is trained, nats a token, [B]; used by "nll" only.
       dropped: [B]; row i of both has the same label and the same fate.
       alpha: >= 0. beta: > 0. Python numbers or traced scalars.
-      length: tokens per row, L. dropped_row_loss: "posonly", "nll" or "posonly_w1".
+      dropped_row_loss: "posonly", "nll" or "posonly_w1".
 
     Returns:
       (L, stats) as `ddo.ddo_loss`: loss_real and loss_fake hold all weights and add up to L.
@@ -301,15 +299,13 @@ def var_ddo_loss(
     Example:
       >>> import jax.numpy as jnp
       >>> r, dropped = jnp.zeros(4), jnp.zeros(4, bool)
-      >>> how = dict(alpha=50.0, beta=0.02, length=680, dropped_row_loss="posonly")
+      >>> how = dict(alpha=50.0, beta=0.02, dropped_row_loss="posonly")
       >>> print(f"{var_ddo_loss(r, r, r, dropped, **how)[0]:.4f} {51 * jnp.log(2) / 50:.4f}")
       0.7070 0.7070
 
     Reference: specs/var.md section 8; arXiv 2503.01103.
     """
-    real, fake = var_ddo_terms(
-        r_real, r_fake, logp_real, dropped, beta=beta, length=length, dropped_row_loss=dropped_row_loss
-    )
+    real, fake = var_ddo_terms(r_real, r_fake, token_nll, dropped, beta=beta, dropped_row_loss=dropped_row_loss)
     real_weight, fake_weight = dropped_row_weights(dropped, alpha=alpha, dropped_row_loss=dropped_row_loss)
     real = real_weight.astype(real.dtype) * real
     fake = fake_weight.astype(fake.dtype) * jnp.asarray(alpha, fake.dtype) * fake

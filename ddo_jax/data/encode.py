@@ -83,7 +83,7 @@ def encode(src: str, dst: str, *, vae: str, batch: int = 8, precision: str = "hi
     Args:
       src, dst: set of images, FILE.zip. vae: WHAT of an SD-VAE.
       batch: images at a time, rounded up to a multiple of the devices; changes the result by rounding only.
-      precision: of matrix products and convolutions. options: of `make.plan`, for the images.
+      precision: of matrix products and convolutions. options: of `make.Options`, for the images.
 
     Returns:
       Its path, as `sources.open_source` takes it.
@@ -97,7 +97,7 @@ def encode(src: str, dst: str, *, vae: str, batch: int = 8, precision: str = "hi
         raise UserError(f"--precision={precision}; allowed: {', '.join(PRECISIONS)}")
     if not dst.endswith(".zip"):
         raise UserError(f"DST {dst}: latents are written as a zip; end DST in .zip")
-    job = make.plan(src, dst, **options)
+    job = make.plan(src, dst, make.Options(**options))
     module, variables = load_vae(vae)
     check_shape(job.shape(), module, vae)
     mesh = sharding.make_mesh()

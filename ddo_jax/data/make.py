@@ -4,6 +4,7 @@ What `python -m ddo_jax.data` does. Nothing is overwritten: the result appears u
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -111,28 +112,31 @@ class Job(NamedTuple):
         return self.convert(self.records.read([first])[0][0], self.records.where(first)).shape
 
 
-def plan(
-    src: str,
-    dst: str,
-    *,
-    split: str = "train",
-    data_dir: str | None = None,
-    resolution: int | None = None,
-    crop: str = "none",
-    channels: int = 3,
-    max_images: int | None = None,
-    exif: str = "apply",
-) -> Job:
-    """The options of `python -m ddo_jax.data`, checked; nothing is made yet.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Those of `python -m ddo_jax.data`, see its --help."""
+
+    split: str = "train"
+    data_dir: str | None = None
+    resolution: int | None = None
+    crop: str = "none"
+    channels: int = 3
+    max_images: int | None = None
+    exif: str = "apply"
+
+
+def plan(src: str, dst: str, options: Options) -> Job:
+    """What is to be made, checked; nothing is made yet.
 
     Raises:
       UserError: an option that is not allowed, a missing or unusable SRC, a DST that exists.
     """
-    path, convert = target(dst), converter(resolution, crop, channels, exif)
-    if max_images is not None and max_images < 1:
-        raise UserError(f"--max_images={max_images}; allowed: 1 or more")
-    records = sources.open_records(src, split, data_dir)
-    return Job(path, records, first_images(records, max_images), convert)
+    o = options
+    path, convert = target(dst), converter(o.resolution, o.crop, o.channels, o.exif)
+    if o.max_images is not None and o.max_images < 1:
+        raise UserError(f"--max_images={o.max_images}; allowed: 1 or more")
+    records = sources.open_records(src, o.split, o.data_dir)
+    return Job(path, records, first_images(records, o.max_images), convert)
 
 
 def first_images(records: sources.Records, limit: int | None) -> np.ndarray:
@@ -238,7 +242,7 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 def make(src: str, dst: str, **options) -> Path:
-    """Make the set; the options are those of `plan`, see `python -m ddo_jax.data --help`.
+    """Make the set; the options are `Options`, see `python -m ddo_jax.data --help`.
 
     Returns:
       Its path, as `sources.open_source` takes it.
@@ -246,7 +250,7 @@ def make(src: str, dst: str, **options) -> Path:
     Raises:
       UserError: what a user can mend; nothing is left behind.
     """
-    job = plan(src, dst, **options)
+    job = plan(src, dst, Options(**options))
     with appearing(job.path) as path:
         examples = converted(job, images.encode_png)
         if path.suffix == ".zip":

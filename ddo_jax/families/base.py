@@ -194,10 +194,10 @@ class Family(abc.ABC):
     # -- likelihood -------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def draw(self, key: jax.Array, n: int, noise: tuple) -> Draws:
+    def draw(self, key: jax.Array, n: int, sigma_law: tuple) -> Draws:
         """All randomness of n paired evaluations, shared by target and reference, real and fake row i.
 
-        noise = (P_mean, P_std), traced, of diffusion; tokens: whose label is dropped.
+        sigma_law = (P_mean, P_std), traced, of diffusion; tokens draw whose label is dropped.
         """
 
     def version(self, draws: Draws) -> jax.Array:

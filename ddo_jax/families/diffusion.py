@@ -93,9 +93,9 @@ class Diffusion(Family):
     def store(self, frozen, examples):
         return {"image": self.codec.store(examples["x"]), "label": examples["label"]}
 
-    def draw(self, key, n, noise):
+    def draw(self, key, n, sigma_law):
         key_sigma, key_eps = jax.random.split(key)
-        sigma = edm.noise_level(jax.random.normal(key_sigma, (n,)), *noise)
+        sigma = edm.noise_level(jax.random.normal(key_sigma, (n,)), *sigma_law)
         return {"sigma": sigma, "eps": jax.random.normal(key_eps, (n, *self.shape))}
 
     def score(self, params, frozen, examples, draws, **kwargs):

@@ -181,7 +181,7 @@ class VARFamily(Family):
     def store(self, frozen, examples):
         return {"image": examples["tokens"], "label": examples["label"]}
 
-    def draw(self, key, n, noise):
+    def draw(self, key, n, sigma_law):
         return {"dropped": jax.random.bernoulli(key, self.model["cond_drop_rate"], (n,))}
 
     def version(self, draws):
@@ -209,11 +209,10 @@ class VARFamily(Family):
         return ar.var_ddo_loss(
             r[:, 0],
             r[:, 1],
-            logp_real,
+            -logp_real / self.module.length,
             dropped,
             alpha=alpha,
             beta=beta,
-            length=self.module.length,
             dropped_row_loss=self.dropped_row_loss,
         )
 

@@ -165,13 +165,13 @@ def check_sizes(config, family, examples: int) -> None:
 def _check_steps_and_seeds(config, examples: int) -> None:
     """Steps are counted in 32 bits; every purpose has its own range of seeds."""
     c, rounds, e = config.ddo, config.ddo.rounds, config.eval
-    total = configs.steps(c.length, c.batch, examples, "ddo.length") if rounds else 0
+    each_round = configs.steps(c.length, c.batch, examples, "ddo.length") if rounds else 0
     configs.steps(config.pretrain.length, config.pretrain.batch, examples, "pretrain.length")
-    steps = config.control.factor * rounds * total
+    steps = config.control.factor * rounds * each_round
     if config.control.enabled:
         allowed = f"at most {configs.MOST_STEPS:,} steps in all"
         configs.require(steps <= configs.MOST_STEPS, "control.factor", config.control.factor, allowed)
-    fakes = 0 if config.objective != "ddo" else c.pool or total * c.batch
+    fakes = 0 if config.objective != "ddo" else c.pool or each_round * c.batch
     for key, each, times, purpose in (
         ("eval.num", e.num, e.report_seeds, "report"),
         ("eval.select_num", e.select_num or e.num, max(rounds, 1), "select"),

@@ -34,11 +34,11 @@ def from_pool(mesh, pool: Callable, batch: int, seed: int):
     return start
 
 
-def online(mesh, sample: Callable, batch: int, total: int, index: int, keep: bool):
+def online(mesh, sample: Callable, batch: int, steps: int, index: int, keep: bool):
     """Made by the reference for the labels of the step's data; an image depends on (round, step, row) and label.
 
     Args:
-      sample: (seeds, labels) -> iterator of records on the host. batch: real images a step. total: steps of a round.
+      sample: (seeds, labels) -> iterator of records on the host. batch: real images a step. steps: of a round.
       index: of the round, from 0. keep: for the other candidates of the round, which see the same fakes.
     """
     made: dict[int, dict] = {}
@@ -48,10 +48,10 @@ def online(mesh, sample: Callable, batch: int, total: int, index: int, keep: boo
             rows = np.arange(k * batch, (k + 1) * batch)
             whole = made.get(k)
             if whole is None:
-                seeds = seeds_at("pool", index, total * batch, rows)
+                seeds = seeds_at("pool", index, steps * batch, rows)
                 parts = list(sample(seeds, sharding.to_host(real["label"])))
                 whole = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-                if keep and total * sum(v.nbytes for v in whole.values()) <= KEEP_BYTES:
+                if keep and steps * sum(v.nbytes for v in whole.values()) <= KEEP_BYTES:
                     made[k] = whole
             own = sharding.own_rows(batch)
             return sharding.put_batch(mesh, {name: v[own] for name, v in whole.items()}), rows

@@ -147,7 +147,7 @@ class _Loop:
         phase, setup = self.phase, self.setup
         order = dict(start=self.first, host=(jax.process_index(), jax.process_count()))
         flip = setup.config.data.flip
-        reals = batches(setup.train, phase.config.batch, phase.seed, flip=flip, with_index=True, **order)
+        reals = batches(setup.training_data, phase.config.batch, phase.seed, flip=flip, with_index=True, **order)
         pair = None if phase.partners is None else phase.partners.fakes(self.first)
         asks = None
         if setup.programs.asks is not None and pair is not None:

@@ -48,14 +48,14 @@ def run(config, workdir: epath.PathLike) -> epath.Path:
 
 def final_scores(setup: Setup, name: str, params) -> report.Scores:
     """The system's numbers on the report's seed ranges, which chose nothing."""
-    c = setup.config
+    config = setup.config
 
     def score():
         result = {"evals": [e.record() for e in report_evals(setup, name, params, 0)]}
         if setup.family.spec.kind(setup.data.image_shape) != "pixels":  # latents: no images to compare with
             return result
-        images = samples(setup, params, min(c.eval.num, 1024))
-        return result | {"nearest": nearest_distance(images, some_images(setup.data), c.model.levels)}
+        images = samples(setup, params, min(config.eval.num, 1024))
+        return result | {"nearest": nearest_distance(images, some_images(setup.data), config.model.levels)}
 
     (result,) = rounds.divide(setup, [jobs.Task(setup.workdir / "report" / "scores" / name, score)])
     return report.Scores(evaluations(result), result.get("nearest"))
@@ -89,12 +89,12 @@ def other_scores(setup: Setup, systems: dict[str, Any]) -> dict[str, report.Scor
 
 def held_out_scores(setup: Setup) -> dict[str, report.Scores]:
     """The yardstick: real images the models never saw, by their distance to the nearest training image."""
-    c = setup.config
-    if not c.data.holdout:
+    config = setup.config
+    if not config.data.holdout:
         return {}
-    held_out = sources.of_config(c, c.data.holdout)
+    held_out = sources.of_config(config, config.data.holdout)
     images = [some_images(source) for source in (held_out, setup.data)]
-    return {"held-out images": report.Scores([], nearest_distance(*images, c.model.levels))}
+    return {"held-out images": report.Scores([], nearest_distance(*images, config.model.levels))}
 
 
 def samples(setup: Setup, params, num: int) -> np.ndarray:

@@ -43,7 +43,7 @@ class Setup:
 
     Attributes:
       config, workdir, mesh: of the run. family, frozen: of its network.
-      data: source of real images. train: what training reads: data, or its tokens.
+      data: source of real images. training_data: what training reads: data, or its tokens.
       programs, scorer: see there. init: parameters to start from; None: from scratch.
     """
 
@@ -53,7 +53,7 @@ class Setup:
     family: Family
     frozen: Any
     data: sources.Source
-    train: sources.Source
+    training_data: sources.Source
     programs: Programs
     scorer: scoring.Scorer
     console: record.Console
@@ -83,7 +83,7 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> Setup:
     classes.keep(workdir, data, console)
     load.save_frozen(workdir, own)
     samplers = [(how, _sampler(config, family, how, mesh)) for how in _settings(config, checked)]
-    train, tokens = tokenised(config, family, frozen, mesh, data)
+    training_data, tokens = tokenised(config, family, frozen, mesh, data)
     programs = Programs(
         images=samplers[0][1],
         fakes=_fakes(config, checked, samplers[0][1]),
@@ -93,7 +93,7 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> Setup:
         tokens=tokens,
     )
     scorer = scoring.open_scorer(config, workdir, family, frozen, samplers, data)
-    return Setup(config, workdir, mesh, family, frozen, data, train, programs, scorer, console, params)
+    return Setup(config, workdir, mesh, family, frozen, data, training_data, programs, scorer, console, params)
 
 
 def initial_frozen(family: Family, mesh, seed: int):

@@ -126,17 +126,17 @@ class Console:
 class Progress:
     """Status text of a loop: fraction, rate, time left."""
 
-    def __init__(self, name: str, start: int, total: int):
-        self.name, self.start, self.total = name, start, total
+    def __init__(self, name: str, start: int, end: int):
+        self.name, self.start, self.end = name, start, end
         self._began = time.monotonic()
 
     def text(self, step: int, extra: str = "") -> str:
         elapsed = time.monotonic() - self._began
         rate = (step - self.start) / max(elapsed, 1e-9)
-        left = duration((self.total - step) / rate) if rate > 0 and step < self.total else duration(elapsed)
-        mark = "left" if step < self.total else "in all"
-        percent = 100 * step / self.total
-        return f"{self.name:<22} {step:>7}/{self.total} {percent:3.0f}%  {left:>6} {mark}  {extra}".rstrip()
+        left = duration((self.end - step) / rate) if rate > 0 and step < self.end else duration(elapsed)
+        mark = "left" if step < self.end else "in all"
+        percent = 100 * step / self.end
+        return f"{self.name:<22} {step:>7}/{self.end} {percent:3.0f}%  {left:>6} {mark}  {extra}".rstrip()
 
 
 class PhaseLog:

@@ -23,8 +23,8 @@ class Programs(NamedTuple):
     """Compiled once a run.
 
     Attributes:
-      versions: (key, first, noise) -> int32 [STEPS, B] of the steps from `first` on.
-      fill: (said [B], positions [block], ref, frozen, record, (key, k, noise)) -> said with the scores at `positions`.
+      versions: (key, first, sigma_law) -> int32 [STEPS, B] of the steps from `first` on.
+      fill: (said [B], positions [block], ref, frozen, record, (key, k, sigma_law)) -> said with the scores there.
       block: rows asked together.
     """
 
@@ -36,12 +36,12 @@ class Programs(NamedTuple):
 def programs(family, c, mesh) -> Programs:
     """Of the config's section "ddo", on a mesh."""
 
-    def draws(key, k, noise):
-        return family.draw(step.step_keys(key, k)[2], c.batch, noise)
+    def draws(key, k, sigma_law):
+        return family.draw(step.step_keys(key, k)[2], c.batch, sigma_law)
 
     @jax.jit
-    def versions(key, first, noise):  # a loop: under vmap some generators of keys draw other numbers
-        return jax.lax.map(lambda k: family.version(draws(key, k, noise)), first + jnp.arange(STEPS))
+    def versions(key, first, sigma_law):  # a loop: under vmap some generators of keys draw other numbers
+        return jax.lax.map(lambda k: family.version(draws(key, k, sigma_law)), first + jnp.arange(STEPS))
 
     @functools.partial(jax.jit, compiler_options=family.compiler_options or None)
     def fill(said, positions, ref, frozen, record, at):
@@ -76,7 +76,7 @@ class ReferenceScores:
     """Asks the reference of a phase about the pairs of a step.
 
     Args:
-      programs: of `programs`. mesh, frozen: of the run. phase: has `hyper.noise` and `partners`: the reference's
+      programs: of `programs`. mesh, frozen: of the run. phase: has `hyper.sigma_law` and `partners`: the reference's
         parameters, and {"real" | "fake": Kept}, shared by the candidates of a round; a source without one is asked
         every time. key: of its steps.
     """
@@ -106,7 +106,7 @@ class ReferenceScores:
         size, phase = self.programs.block, self.phase
         for i in range(0, len(unknown), size):
             positions = sharding.replicate(self.mesh, np.resize(unknown[i : i + size], size))
-            args = (phase.partners.ref, self.frozen, record, (self.key, k, phase.hyper.noise))
+            args = (phase.partners.ref, self.frozen, record, (self.key, k, phase.hyper.sigma_law))
             said = self.programs.fill(said, positions, *args)
         if kept is not None and len(unknown):
             kept.keep(rows, versions, said)
@@ -115,5 +115,5 @@ class ReferenceScores:
     def _versions_of(self, k: int) -> np.ndarray:
         if self._first != k - k % STEPS:
             self._first = k - k % STEPS
-            self._versions = sharding.to_host(self.programs.versions(self.key, self._first, self.phase.hyper.noise))
+            self._versions = sharding.to_host(self.programs.versions(self.key, self._first, self.phase.hyper.sigma_law))
         return self._versions[k % STEPS]

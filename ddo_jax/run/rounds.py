@@ -60,12 +60,12 @@ def phase(setup: Setup, section: str, name: str, start, **given) -> loop.Phase:
     return loop.Phase(name, setup.workdir / name, section, c, start=start, **fields | given)
 
 
-def hyper(c, *, grid=(1.0, 1.0), lr: float | None = None, noise=None) -> step.Hyper:
-    """The traced numbers of a phase. grid: (alpha, beta); lr, noise: in place of the section's."""
-    return step.Hyper(*map(float, (*grid, c.lr if lr is None else lr)), noise or noise_levels(c))
+def hyper(c, *, grid=(1.0, 1.0), lr: float | None = None, law=None) -> step.Hyper:
+    """The traced numbers of a phase. grid: (alpha, beta); lr, law: in place of the section's."""
+    return step.Hyper(*map(float, (*grid, c.lr if lr is None else lr)), law or sigma_law(c))
 
 
-def noise_levels(c, number: int = 0) -> tuple[float, float]:
+def sigma_law(c, number: int = 0) -> tuple[float, float]:
     """(P_mean, P_std) of a phase; of round `number` (from 1 on) where the config changes P_std between rounds."""
     later = [p_std for first, p_std in c.get("p_std_from", ()) if number >= first]
     return float(c.p_mean), float(later[-1] if later else c.p_std)
@@ -89,8 +89,8 @@ def anchors(family, mesh, params):
 
 def divide(setup: Setup, tasks: list[jobs.Task]) -> list[dict]:
     """Do the tasks, together with other jobs on the same workdir."""
-    c = setup.config
-    return jobs.divide(tasks, c.lease_s, waiting=setup.console.status, stall_s=c.stall_s)
+    config = setup.config
+    return jobs.divide(tasks, config.lease_s, waiting=setup.console.status, stall_s=config.stall_s)
 
 
 def abstract_params(setup: Setup):
@@ -119,10 +119,10 @@ def pretrain(setup: Setup):
 
 def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
     """Sample the fakes of a round chunk by chunk; whole chunks of an interrupted pool are kept."""
-    family, c = setup.family, setup.config
-    seeds = seed_range("pool", index, c.ddo.pool)
-    labels, rule = classes.pool_labels(c, family, setup.data, len(seeds))
-    size = c.eval.batch
+    family, config = setup.family, setup.config
+    seeds = seed_range("pool", index, config.ddo.pool)
+    labels, rule = classes.pool_labels(config, family, setup.data, len(seeds))
+    size = config.eval.batch
     rows = [slice(i, i + size) for i in range(0, len(seeds), size)]
     recorded = pool_digests(directory, len(rows))
     digests = [pools.kept_digest(pools.chunk_path(directory, i), recorded[i], seeds[r]) for i, r in enumerate(rows)]
@@ -146,7 +146,7 @@ def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
         "num": len(seeds),
         "seeds": [int(seeds[0]), int(seeds[-1])],
         "labels": rule,
-        "sampler": family.fake_settings(family.settings(c.sampler)).record(),
+        "sampler": family.fake_settings(family.settings(config.sampler)).record(),
     }
 
 
@@ -209,35 +209,35 @@ def read_best(directory: epath.Path) -> Round | None:
 
 def _compete(setup: Setup, name: str, index: int, ref) -> Round:
     """Fakes, the reference's own score, all candidates; the round's summary."""
-    c, directory = setup.config, setup.workdir / name
+    config, directory = setup.config, setup.workdir / name
 
     def score_start():
         return setup.scorer(ref, (name, 0, 0), "select", index)[0].record()
 
     tasks = [jobs.Task(directory / "start", score_start)]
-    pooled = c.objective == "ddo" and c.ddo.pool > 0
+    pooled = config.objective == "ddo" and config.ddo.pool > 0
     if pooled:
         tasks += [pool_task(setup, directory, ref, index)]
     start, *_ = divide(setup, tasks)
 
     first, anchor = anchors(setup.family, setup.mesh, ref)
-    noise = noise_levels(c.ddo, index + 1)
-    grid = list(itertools.product(c.ddo.alpha, c.ddo.beta))
+    law = sigma_law(config.ddo, index + 1)
+    grid = list(itertools.product(config.ddo.alpha, config.ddo.beta))
 
     @functools.cache  # opened by a job that has a candidate to train, not by one that finds all of them done
     def pool():
         return pools.open_pool(directory / "pool")
 
-    shared = partners(setup, anchor, index, pool, len(grid) > 1) if c.objective != "mle" else None
+    shared = partners(setup, anchor, index, pool, len(grid) > 1) if config.objective != "mle" else None
     candidates = [
         phase(
             setup,
             "ddo",
-            f"{name}/{candidate_name(alpha, beta, c.objective)}",
+            f"{name}/{candidate_name(alpha, beta, config.objective)}",
             first,
-            objective=c.objective,
-            hyper=hyper(c.ddo, grid=(alpha, beta), noise=noise),
-            seed=c.seed + 1000 * (index + 1),
+            objective=config.objective,
+            hyper=hyper(config.ddo, grid=(alpha, beta), law=law),
+            seed=config.seed + 1000 * (index + 1),
             select=index,
             partners=shared,
         )
@@ -249,7 +249,7 @@ def _compete(setup: Setup, name: str, index: int, ref) -> Round:
         return pool() if pooled else some_fakes(setup, ref, index, RATIOS)
 
     def measure():
-        return ratios(setup, directory, best, (anchor, samples(), noise))
+        return ratios(setup, directory, best, (anchor, samples(), law))
 
     divide(setup, [jobs.Task(directory / "ratios", measure)])
     before, after = read(start).score, best.evaluation.score
@@ -261,19 +261,19 @@ def _compete(setup: Setup, name: str, index: int, ref) -> Round:
 
 def partners(setup: Setup, ref, index: int, pool, keep: bool) -> loop.Partners:
     """What a phase needs beside data in round `index`; keep: there are several candidates."""
-    c = setup.config
-    total = configs.steps(c.ddo.length, c.ddo.batch, len(setup.data), "ddo.length")
-    if c.objective == "cca":
+    config = setup.config
+    steps = configs.steps(config.ddo.length, config.ddo.batch, len(setup.data), "ddo.length")
+    if config.objective == "cca":
         made = fakes.wrong_labels
-    elif c.ddo.pool:
-        made = fakes.from_pool(setup.mesh, pool, c.ddo.batch, c.seed + 1000 * (index + 1) + 1)
+    elif config.ddo.pool:
+        made = fakes.from_pool(setup.mesh, pool, config.ddo.batch, config.seed + 1000 * (index + 1) + 1)
     else:
         sample = functools.partial(setup.programs.fakes, ref, setup.frozen)
-        made = fakes.online(setup.mesh, sample, c.ddo.batch, total, index, keep)
+        made = fakes.online(setup.mesh, sample, config.ddo.batch, steps, index, keep)
     if setup.programs.asks is None:
         return loop.Partners(ref, made)
-    fake = reference_scores.Kept(c.ddo.pool or total * c.ddo.batch)
-    return loop.Partners(ref, made, {"real": reference_scores.Kept(len(setup.train)), "fake": fake})
+    fake = reference_scores.Kept(config.ddo.pool or steps * config.ddo.batch)
+    return loop.Partners(ref, made, {"real": reference_scores.Kept(len(setup.training_data)), "fake": fake})
 
 
 def some_fakes(setup: Setup, ref, index: int, num: int):
@@ -293,18 +293,18 @@ def ratios(setup: Setup, directory: epath.Path, best: Best, against, num: int = 
     """Log-ratios of real and fake images under the round's best parameters, for the report's histogram.
 
     Args:
-      against: (the reference's parameters, the source of fakes, the noise levels) of the round.
+      against: (the reference's parameters, the source of fakes, (P_mean, P_std)) of the round.
     """
-    ref, samples, noise = against
-    c, step_ = setup.config, best.evaluation.step
+    ref, samples, law = against
+    config, step_ = setup.config, best.evaluation.step
     params = restore_ema(directory / best.candidate / "checkpoints", step_, abstract_params(setup))
-    found, batch = {}, c.ddo.batch // c.ddo.accumulation
-    for name, source in (("real", setup.train), ("fake", samples)):
-        reader = batches(source, batch, c.seed, host=(jax.process_index(), jax.process_count()))
-        keys = jax.random.split(state.derive(c.seed, "ratios"), -(-num // batch))
+    found, batch = {}, config.ddo.batch // config.ddo.accumulation
+    for name, source in (("real", setup.training_data), ("fake", samples)):
+        reader = batches(source, batch, config.seed, host=(jax.process_index(), jax.process_count()))
+        keys = jax.random.split(state.derive(config.seed, "ratios"), -(-num // batch))
         records = (sharding.put_batch(setup.mesh, next(reader)) for _ in keys)
         measure = functools.partial(setup.programs.ratio, params, ref, setup.frozen)
-        parts = [measure(r, key, noise) for r, key in zip(records, keys, strict=True)]
+        parts = [measure(r, key, law) for r, key in zip(records, keys, strict=True)]
         found[name] = np.concatenate([sharding.to_host(r) for r in parts])[:num].tolist()
     return {"candidate": best.candidate, "step": step_, **found}
 
@@ -365,9 +365,9 @@ def tidy(directory: epath.Path, found: Round) -> dict:
 
 def control(setup: Setup, start):
     """Continued MLE from the same start: (best parameters over learning rates and steps, `Best`)."""
-    c = setup.config
-    ddo_steps = configs.steps(c.ddo.length, c.ddo.batch, len(setup.data), "ddo.length")
-    total = c.control.factor * c.ddo.rounds * ddo_steps
+    config = setup.config
+    ddo_steps = configs.steps(config.ddo.length, config.ddo.batch, len(setup.data), "ddo.length")
+    steps = config.control.factor * config.ddo.rounds * ddo_steps
     best = best_candidate(
         setup,
         [
@@ -376,11 +376,11 @@ def control(setup: Setup, start):
                 "control",
                 f"control/lr{lr:g}",
                 start,
-                steps=total,
-                hyper=hyper(c.control, lr=lr),
-                seed=c.seed + 500,
+                steps=steps,
+                hyper=hyper(config.control, lr=lr),
+                seed=config.seed + 500,
             )
-            for lr in c.control.lrs
+            for lr in config.control.lrs
         ],
     )
     directory = setup.workdir / "control" / best.candidate / "checkpoints"

@@ -79,32 +79,32 @@ def scoring_inputs(config) -> dict[str, str]:
     return found
 
 
-def feature_network(name: str, weights: str | None, workdir: epath.Path, train) -> features.FeatureNet:
+def feature_network(name: str, weights: str | None, workdir: epath.Path, data) -> features.FeatureNet:
     """A network that judges all candidates of the run, the same one at every start.
 
     Raises:
       UserError: its file is damaged, and what is made again differs.
     """
     if name != "digits":  # the digest of its file is among the run's inputs
-        return features.get_features(name, train, workdir, weights)
+        return features.get_features(name, data, workdir, weights)
     recorded = workdirs.recorded_inputs(workdir).get("features", "").removeprefix(f"{name} ") or None
-    network = features.get_features(name, train, workdir, expected=recorded)
+    network = features.get_features(name, data, workdir, expected=recorded)
     workdirs.check_inputs(workdir, {"features": f"{name} {network.digest}"})
     return network
 
 
-def open_evaluator(config, workdir: epath.Path, family: Family, train) -> Evaluator:
+def open_evaluator(config, workdir: epath.Path, family: Family, data) -> Evaluator:
     """The evaluator of a run.
 
     Statistics of a file (`config.eval.reference`) take the place of the training set's; held-out images are a second
     reference.
     """
     networks = {
-        owner: feature_network(name, weights, workdir, train) for owner, (name, weights) in networks_of(config).items()
+        owner: feature_network(name, weights, workdir, data) for owner, (name, weights) in networks_of(config).items()
     }
     wanted, found = report_metrics(config), {}
     lengths = collect.probe(networks, wanted, family.spec.image_shape)
-    reals = {"train": train}
+    reals = {"train": data}
     if config.data.holdout:
         reals[config.data.holdout] = sources.of_config(config, config.data.holdout)
     for name, source in reals.items():
@@ -194,10 +194,10 @@ class Scorer:
         return None if strength == g.neutral else {g.setting: strength, "rule": g.rule}
 
 
-def open_scorer(config, workdir: epath.Path, family: Family, frozen, samplers: list, train) -> Scorer:
-    """The scorer of a run. train: the source of real images."""
-    evaluator = open_evaluator(config, workdir, family, train)
-    return Scorer(config, family, frozen, evaluator, samplers, present_classes(train.class_counts))
+def open_scorer(config, workdir: epath.Path, family: Family, frozen, samplers: list, data) -> Scorer:
+    """The scorer of a run. data: the source of real images."""
+    evaluator = open_evaluator(config, workdir, family, data)
+    return Scorer(config, family, frozen, evaluator, samplers, present_classes(data.class_counts))
 
 
 def evaluations(result: dict) -> list[Evaluation]:

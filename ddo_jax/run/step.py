@@ -19,12 +19,12 @@ from ddo_jax.run.state import averages, named_averages, new_state, optimizer
 
 
 class Hyper(NamedTuple):
-    """Traced numbers of one candidate. noise = (P_mean, P_std)."""
+    """Traced numbers of one candidate. sigma_law = (P_mean, P_std)."""
 
     alpha: float
     beta: float
     lr: float
-    noise: tuple[float, float]
+    sigma_law: tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +97,8 @@ def pair_objective(family: Family, objective: str, params, inputs: Inputs, pair:
         nll = family.nll(s, ddo.interleave(pair.real, pair.fake), ddo.interleave(pair.draws, pair.draws))
         nll = nll.reshape(-1, 2)[:, 0]
         r = jnp.stack([r_real, r_fake], axis=1)
-        total, stats = family.pair_loss(objective, r, -nll, labels, pair.draws, hyper.alpha, hyper.beta)
-        return total, {**stats, "nll_real": measured(jax.lax.stop_gradient(nll))}
+        value, stats = family.pair_loss(objective, r, -nll, labels, pair.draws, hyper.alpha, hyper.beta)
+        return value, {**stats, "nll_real": measured(jax.lax.stop_gradient(nll))}
 
     def score(params, examples, draws):
         return family.score(params, inputs.frozen, examples, draws)
@@ -186,7 +186,7 @@ def gradients(training: Training, params, inputs: Inputs, keys):
     family, c = training.family, training.config
     key_real, key_fake, key_draw, key_loss, key_augment = keys
     real = family.encode(inputs.frozen, inputs.real, key_real)
-    draws = family.draw(key_draw, c.batch, inputs.hyper.noise)
+    draws = family.draw(key_draw, c.batch, inputs.hyper.sigma_law)
     if training.objective != "mle":
 
         def pairs(params, pair, j):
@@ -224,25 +224,25 @@ def make_step(training: Training):
 
 
 def step_factory(config, family: Family, mesh):
-    """(objective, section, warmup, total in steps) -> the jitted step; phases of one kind share a compiled program,
+    """(objective, section, warmup, steps) -> the jitted step; phases of one kind share a compiled program,
     whatever their alpha, beta, lr."""
 
     @functools.cache
-    def build(objective: str, section: str, warmup: float, total: int):
+    def build(objective: str, section: str, warmup: float, steps: int):
         c = config[section]
-        return make_step(Training(family, mesh, c, objective, warmup, total * c.batch))
+        return make_step(Training(family, mesh, c, objective, warmup, total=steps * c.batch))
 
     return build
 
 
 def make_ratio(family: Family, c):
-    """Jitted (params, ref, frozen, record, key, noise) -> r of one micro-batch of `c`, for histograms."""
+    """Jitted (params, ref, frozen, record, key, sigma_law) -> r of one micro-batch of `c`, for histograms."""
 
     @functools.partial(jax.jit, compiler_options=family.compiler_options or None)
-    def ratio(params, ref, frozen, record, key, noise):
+    def ratio(params, ref, frozen, record, key, sigma_law):
         key_encode, key_draw = jax.random.split(key)
         examples = family.encode(frozen, record, key_encode)
-        draws = family.draw(key_draw, c.batch // c.accumulation, noise)
+        draws = family.draw(key_draw, c.batch // c.accumulation, sigma_law)
         s, s_ref = (family.score(family.project(p, "ddo"), frozen, examples, draws) for p in (params, ref))
         return family.ratio(s, s_ref, examples, draws)
 

@@ -144,8 +144,8 @@ def test_ddo_goldens(golden):
             jnp.asarray(arrays[case["logp"] + k]) for k in ("logp_real", "logp_fake", "ref_logp_real", "ref_logp_fake")
         )
         dropped = jnp.asarray(arrays["ddo/dropped"] & case["drop_applied"])
-        args = real - ref_real, fake - ref_fake, real, dropped
-        how = {"beta": case["beta"], "length": info["L"], "dropped_row_loss": case["variant"]}
+        args = real - ref_real, fake - ref_fake, -real / info["L"], dropped
+        how = {"beta": case["beta"], "dropped_row_loss": case["variant"]}
         at, tolerance = f"ddo/{case['name']}/", {"rtol": 1e-5, "atol": 1e-5}
         terms = ar.var_ddo_terms(*args, **how)
         np.testing.assert_allclose(terms[0], arrays[f"{at}real_term"], **tolerance)
@@ -172,7 +172,7 @@ def test_without_dropped_rows_it_is_ddo_over_max_alpha_1(variant):
     none = jnp.zeros(6, bool)
     for alpha in (0.5, 50.0):
         how = {"alpha": alpha, "beta": 0.02}
-        loss, stats = ar.var_ddo_loss(r_real, r_fake, logp, none, **how, length=680, dropped_row_loss=variant)
+        loss, stats = ar.var_ddo_loss(r_real, r_fake, -logp / 680, none, **how, dropped_row_loss=variant)
         expected, others = ddo.ddo_loss(r_real, r_fake, **how)
         np.testing.assert_allclose(loss, expected / max(alpha, 1), rtol=1e-6)
         assert stats.keys() == others.keys()
@@ -181,11 +181,11 @@ def test_without_dropped_rows_it_is_ddo_over_max_alpha_1(variant):
 def test_dropped_rows_train_by_likelihood_alone():
     """Gradients of the loss by r: of a dropped row only the real one's counts, whichever way."""
     r_real, r_fake, logp, dropped = rows()
-    how = {"alpha": 50.0, "beta": 0.02, "length": 680}
+    how = {"alpha": 50.0, "beta": 0.02}
 
     def gradients(variant):
         def loss(r_real, r_fake, logp):
-            return ar.var_ddo_loss(r_real, r_fake, logp, dropped, dropped_row_loss=variant, **how)[0]
+            return ar.var_ddo_loss(r_real, r_fake, -logp / 680, dropped, dropped_row_loss=variant, **how)[0]
 
         return [np.asarray(g) for g in jax.grad(loss, argnums=(0, 1, 2))(r_real, r_fake, logp)]
 
@@ -208,15 +208,15 @@ def test_alpha_is_traced_and_an_unknown_variant_is_refused():
     r_real, r_fake, logp, dropped = rows()
     loss = jax.jit(
         lambda alpha: ar.var_ddo_loss(
-            r_real, r_fake, logp, dropped, alpha=alpha, beta=0.02, length=680, dropped_row_loss="posonly"
+            r_real, r_fake, logp, dropped, alpha=alpha, beta=0.02, dropped_row_loss="posonly"
         )[0]
     )
     for alpha in (0.5, 20.0):
-        how = {"alpha": alpha, "beta": 0.02, "length": 680, "dropped_row_loss": "posonly"}
+        how = {"alpha": alpha, "beta": 0.02, "dropped_row_loss": "posonly"}
         np.testing.assert_allclose(loss(alpha), ar.var_ddo_loss(r_real, r_fake, logp, dropped, **how)[0], rtol=1e-6)
     assert loss._cache_size() == 1
     for f in (ar.var_ddo_terms, ar.dropped_row_weights):
-        how = {"beta": 0.02, "length": 680} if f is ar.var_ddo_terms else {"alpha": 1.0}
+        how = {"beta": 0.02} if f is ar.var_ddo_terms else {"alpha": 1.0}
         args = (r_real, r_fake, logp, dropped) if f is ar.var_ddo_terms else (dropped,)
         with pytest.raises(ValueError, match="dropped_row_loss is 'mle'; allowed: posonly, nll, posonly_w1"):
             f(*args, dropped_row_loss="mle", **how)

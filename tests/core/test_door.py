@@ -22,7 +22,7 @@ from ddo_jax.core import ar, edm, samplers, dpm_solver, ema
 r, x, s = jnp.array([0.5, -1.0, 2.0, 0.1]), jnp.ones((2, 8)), jnp.ones(2)
 logits, tokens = jnp.zeros((2, 3, 4)), jnp.zeros((2, 3), jnp.int32)
 flags, half = jnp.zeros(4, bool), dict(alpha=4.0, beta=0.05)
-var = dict(length=3, dropped_row_loss="nll", **half)
+var = dict(dropped_row_loss="nll", **half)
 """
 
 REFUSED = {
@@ -68,7 +68,7 @@ ACCEPTED = {
     "d.ar_logp(np.zeros((2, 3, 4)), [[0, 1, 2], [3, 2, 1]])": "jnp.full(2, -3 * np.log(4.0).astype(np.float32))",
     "jax.jit(d.ar_logp)(logits, tokens)": "d.ar_logp(logits, tokens)",
     "d.edm_inputs(np.ones((2, 8)), np.ones(2), np.zeros((2, 8)), 0.5)[0]": "d.edm_inputs(x, s, 0 * x, 0.5)[0]",
-    "ar.var_ddo_loss([0.1], [0.2], [-3.0], [True], **var)[0]": "jnp.float32(1.0)",
+    "ar.var_ddo_loss([0.1], [0.2], [3.0], [True], **var)[0]": "jnp.float32(3.0)",
 }
 
 RUN = """

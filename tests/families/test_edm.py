@@ -81,41 +81,6 @@ def test_no_label_is_the_zero_row(batch):
     np.testing.assert_array_equal(one_hot, np.stack([np.eye(10)[0], np.eye(10)[9], np.zeros(10)]))
 
 
-def test_a_pool_record_is_read_back_like_the_data(batch):
-    """Breaks if `store` and `encode` disagree."""
-    _, frozen, examples, _ = batch
-    again = family().encode(frozen, family().store(frozen, examples), jax.random.key(0))
-    for k in ("x", "label"):
-        np.testing.assert_array_equal(again[k], examples[k])
-
-
-def test_score_is_deterministic_with_dropout_configured():
-    """Breaks if the discriminator's score runs in training mode (it would ask for a dropout key, or vary)."""
-    fam = get_family(config(**{**SONG, "dropout": 0.5, "attn_resolutions": []}))
-    params, frozen = jax.eval_shape(fam.init, jax.random.key(0))
-    examples = {"x": jnp.zeros((B, 8, 8, 1)), "label": jnp.zeros(B, jnp.int32)}
-    draws = fam.draw(jax.random.key(0), B, (0.0, 1.0))
-    text = str(jax.make_jaxpr(fam.score)(params, frozen, examples, draws))
-    assert "random_bits" not in text and "threefry" not in text
-    loss = functools.partial(fam.mle_loss, key=jax.random.key(0))
-    assert "random_bits" in str(jax.make_jaxpr(loss)(params, frozen, examples, draws))
-
-
-def test_r_is_zero_at_the_reference(batch):
-    """Breaks if target and reference are evaluated differently in the step's program (params, ref arguments)."""
-    fam = family()
-
-    @jax.jit
-    def ratio(params, ref, frozen, examples, draws):
-        s, s_ref = (fam.score(p, frozen, examples, draws) for p in (params, ref))
-        return fam.ratio(s, s_ref, examples, draws)
-
-    params, *rest = batch
-    other = jax.tree.map(lambda v: v * 1.01, params)
-    assert not np.asarray(ratio(params, jax.tree.map(jnp.copy, params), *rest)).any()
-    assert np.all(np.asarray(ratio(params, other, *rest)) != 0)
-
-
 def test_nll_is_the_weighted_denoising_error(batch):
     """Breaks if nll is a mean over pixels, or its target is not F_hat."""
     fam = family()

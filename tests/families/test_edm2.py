@@ -151,6 +151,7 @@ def test_an_autoencoder_that_does_not_fit_is_refused(latents, change, words):
 # The network in its family
 
 
+@pytest.mark.slow
 def test_projection_goes_by_the_objective():
     """Breaks if DDO touches the logvar head, or pre-training does not."""
     params = jax.tree.map(lambda v: v * 3, variables()[0])
@@ -161,6 +162,7 @@ def test_projection_goes_by_the_objective():
     assert not np.allclose(ddo["unet"]["out_conv"]["weight"], params["unet"]["out_conv"]["weight"])
 
 
+@pytest.mark.slow
 def test_r_is_zero_at_the_start_of_a_round():
     """Breaks if the reference is not projected: r is then a constant below 0 for every example."""
     fam, (params, frozen) = family(), variables()

@@ -41,7 +41,7 @@ class Toy(Family):
     def store(self, frozen, examples):
         return {"image": self.decode(frozen, examples), "label": examples["label"]}
 
-    def draw(self, key, n, noise):
+    def draw(self, key, n, sigma_law):
         return {"none": jnp.zeros((n,))}
 
     def score(self, params, frozen, examples, draws):

@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 
 import ddo_jax
+from ddo_jax import config as configs
 from ddo_jax import convert, sample
 from ddo_jax.convert import safetensors
 from ddo_jax.core.torch_rng import edm_streams
 from ddo_jax.errors import UserError
+from ddo_jax.families import get_family
 from ddo_jax.generate import request as requests
 from ddo_jax.generate.labels import class_labels
 from ddo_jax.generate.request import Request, generate, noise_shape
@@ -36,6 +38,22 @@ def released(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A matrix-product network in the same format: it compiles in a second."""
+    c = configs.base()
+    c.model.update(img_resolution=8, img_channels=3, label_dim=3)
+    with c.unlocked():
+        c.model.update(width=16, blocks=1)
+    family = get_family(c)
+    params = jax.jit(family.init)(jax.random.key(0))[0]
+    wave = jax.tree.map(lambda v: v + 0.1 * np.sin(np.arange(v.size)).reshape(v.shape), params)
+    arrays, metadata = family.export(jax.tree.map(lambda v: np.asarray(v, np.float32), wave), {})
+    path = tmp_path_factory.mktemp("small") / "small.safetensors"
+    path.write_bytes(safetensors.dumps(arrays, metadata))
+    return path
+
+
 def request(path, **changes):
     return Request(str(path), np.arange(16), sampler={"num_steps": 3}, **changes)
 
@@ -47,10 +65,10 @@ def images(path, **changes):
     return tuple(np.concatenate([r[key] for r in records]) for key in ("seed", "label", "image"))
 
 
-def test_batch_size_does_not_change_images(released):
+def test_batch_size_does_not_change_images(small):
     """Breaks if an image depends on the batch it was made in, or a padded row is kept."""
-    made = [images(released, batch=batch)[2] for batch in (1, 7, 16)]
-    assert made[0].shape == (16, 16, 16, 3)
+    made = [images(small, batch=batch)[2] for batch in (1, 7, 16)]
+    assert made[0].shape == (16, 8, 8, 3)
     assert len(np.unique(made[0].reshape(16, -1), axis=0)) == 16
     for other in made[1:]:
         differ = made[0] != other
@@ -163,9 +181,9 @@ def test_a_sweep_gives_every_strength_to_the_guide(released, monkeypatch):
     assert records == [None, 1.5, 3.0] and [m.protocol["nfe"] for m in found.values()] == [5, 10, 10]
 
 
-def test_folder_is_continued(released, tmp_path, capsys):
+def test_folder_is_continued(small, tmp_path, capsys):
     """Breaks if a restart makes every image again, or leaves a hole."""
-    flags = [f"--checkpoint={released}", f"--out={tmp_path / 'out'}", "--num_steps=2", "--batch=4"]
+    flags = [f"--checkpoint={small}", f"--out={tmp_path / 'out'}", "--num_steps=2", "--batch=4"]
     sample.main([*flags, "--seeds=0-5"])
     kept = tmp_path / "out" / "000002.png"
     before = kept.stat().st_mtime_ns
@@ -178,9 +196,9 @@ def test_folder_is_continued(released, tmp_path, capsys):
     names = sorted(p.name for p in (tmp_path / "out").glob("*.png"))
     assert names == [f"{seed:06d}.png" for seed in range(7)]
     with Image.open(kept) as image:
-        assert image.size == (16, 16) and image.mode == "RGB"
+        assert image.size == (8, 8) and image.mode == "RGB"
     with pytest.raises(SystemExit):  # a folder does not mix settings
-        sample.main([f"--checkpoint={released}", f"--out={tmp_path / 'out'}", "--num_steps=3", "--seeds=0-9"])
+        sample.main([f"--checkpoint={small}", f"--out={tmp_path / 'out'}", "--num_steps=3", "--seeds=0-9"])
     assert "made with another request (sampler:" in capsys.readouterr().err
     assert len(list((tmp_path / "out").glob("*.png"))) == 7
 
@@ -258,9 +276,6 @@ def test_buffers_are_kept_after_a_killed_start(tmp_path):
 
 def test_wrong_architecture_is_refused(released):
     """Breaks if a config starts from weights of another network."""
-    from ddo_jax import config as configs
-    from ddo_jax.families import get_family
-
     found, config = load.find(str(released)), configs.base()
     load.from_released(config, found)
     with config.unlocked():

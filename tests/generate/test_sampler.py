@@ -12,6 +12,7 @@ from ddo_jax.config import base
 from ddo_jax.data.labels import balanced_labels
 from ddo_jax.families import Guidance, get_family
 from ddo_jax.generate.sampler import NotFinite, finite_rows, make_sampler
+from tests.harness import random_variables
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +24,7 @@ def sampler():
         c.model.update(width=8, blocks=1)
     c.sampler.update(num_steps=3, s_churn=1.0)
     family = get_family(c)
-    params, frozen = family.init(jax.random.key(0))
-    params = jax.tree.map(lambda v: v + 0.1 * np.sin(np.arange(v.size, dtype=np.float32)).reshape(v.shape), params)
+    params, frozen = random_variables(family.init)
     run = make_sampler(family, family.settings(c.sampler), sharding.make_mesh(), 16)
     return lambda seeds, labels: list(run(params, frozen, seeds, labels))
 

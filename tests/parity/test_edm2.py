@@ -404,6 +404,7 @@ def test_the_familys_pretraining_loss(small, family):
     small.check("edm2loss/train/per_sample_sum", loss, "loss")
 
 
+@pytest.mark.slow
 def test_projected_target_and_reference_agree_at_the_start(small):
     """The trap of section 8: with Π on the target alone r is not 0 at step 0; with Π on both it is."""
     params = small.project(small.params)

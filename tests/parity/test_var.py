@@ -316,11 +316,12 @@ def test_ddo(run, pairs):
             logp_ref = pairs(ref, applied, zeros)[0]
             run.check(f"{at}ref_logp_real", logp_ref[:n], "logp")
             run.check(f"{at}ref_logp_fake", logp_ref[n:], "logp")
-        how = {"alpha": case["alpha"], "beta": case["beta"], "length": run.module.length}
+        how = {"alpha": case["alpha"], "beta": case["beta"]}
 
         def loss(logp, logp_ref=logp_ref, dropped=dropped, how=how, variant=case["variant"]):
             r = logp - logp_ref
-            return ar.var_ddo_loss(r[:n], r[n:], logp[:n], dropped, dropped_row_loss=variant, **how)[0]
+            nll = -logp[:n] / run.module.length
+            return ar.var_ddo_loss(r[:n], r[n:], nll, dropped, dropped_row_loss=variant, **how)[0]
 
         value, cotangent = jax.value_and_grad(loss)(logp)
         run.check(f"{key}loss", value, "ddo")

@@ -180,6 +180,7 @@ def test_eight_devices_equal_one_for_tokens():
     assert found["rows"] >= 4  # a device holds its own rows, whatever the sharding of the tables they look up
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["mlp", pytest.param("edm2", marks=pytest.mark.slow)])
 def test_eight_devices_equal_one(network):
     """Breaks if a mean, a draw or a sample depends on the number of devices, or nothing is sharded at all."""

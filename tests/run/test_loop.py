@@ -11,6 +11,7 @@ from ddo_jax.errors import UserError
 from ddo_jax.evaluate.records import Evaluation, Protocol
 from ddo_jax.run import jobs, loop, rounds
 from ddo_jax.store import snapshots
+from tests.harness import random_variables
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def run(setup, tmp_path):
     own = dataclasses.replace(setup, workdir=setup.workdir.__class__(tmp_path))
 
     def make(name, total, lr=None):
-        params = jax.tree.map(np.asarray, setup.family.init(jax.random.key(0))[0])
+        params = random_variables(setup.family.init)[0]
         c = setup.config.pretrain
         phase = rounds.phase(own, "pretrain", name, params, steps=total, hyper=rounds.hyper(c, lr=lr))
         return dataclasses.replace(phase, save_every=2), own

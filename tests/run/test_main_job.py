@@ -25,7 +25,7 @@ from ddo_jax.run.scoring import scoring_inputs
 from ddo_jax.store import checkpoint
 from ddo_jax.store.checkpoint import restore_ema
 from ddo_jax.store.workdir import check_inputs, open_workdir
-from tests.harness import exit_code
+from tests.harness import exit_code, random_variables
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def play(setup, workdir, scores, **changes):
     config.update(changes)
     place = dict(config=config, workdir=setup.workdir.__class__(workdir))
     own = dataclasses.replace(setup, scorer=Judge(setup.scorer, scores), **place)
-    ref = jax.tree.map(np.asarray, setup.family.init(jax.random.key(0))[0])
+    ref = random_variables(setup.family.init)[0]
     return own, ref, *rounds.play_round(own, 0, ref)
 
 
@@ -173,7 +173,7 @@ def test_noise_levels_change_with_their_round(setup, tmp_path, monkeypatch):
     seen = []
 
     def stop(setup, candidates):
-        seen.append({c.hyper.noise for c in candidates})
+        seen.append({c.hyper.sigma_law for c in candidates})
         raise InterruptedError
 
     config = setup.config.copy_and_resolve_references()
@@ -181,7 +181,7 @@ def test_noise_levels_change_with_their_round(setup, tmp_path, monkeypatch):
     place = dict(config=config, workdir=setup.workdir.__class__(tmp_path))
     own = dataclasses.replace(setup, scorer=Judge(setup.scorer, lambda *_: 1.0), **place)
     monkeypatch.setattr(rounds, "best_candidate", stop)
-    ref = jax.tree.map(np.asarray, setup.family.init(jax.random.key(0))[0])
+    ref = random_variables(setup.family.init)[0]
     for index in range(4):
         with pytest.raises(InterruptedError):
             rounds.play_round(own, index, ref)
@@ -308,7 +308,7 @@ def test_tidy_leaves_neighbours_alone(tmp_path):
 def test_a_full_disk_is_said_and_the_run_continues(setup, tmp_path, monkeypatch):
     """Breaks if a disk that fills up while the pool is written loses whole chunks, leaves torn ones, or is no line."""
     directory, replace, moved = rounds.epath.Path(tmp_path), os.replace, []
-    ref = jax.tree.map(np.asarray, setup.family.init(jax.random.key(0))[0])
+    ref = random_variables(setup.family.init)[0]
 
     def second_is_full(source, target):
         if moved:

@@ -8,6 +8,7 @@ import pytest
 from ddo_jax import sharding
 from ddo_jax.core import ddo
 from ddo_jax.run import state, step
+from tests.harness import random_variables
 
 
 def build(setup, objective, **changes):
@@ -15,7 +16,7 @@ def build(setup, objective, **changes):
     c = setup.config["ddo" if objective == "ddo" else "pretrain"].copy_and_resolve_references()
     c.update(changes)
     training = step.Training(setup.family, setup.mesh, c, objective, warmup=0.0, total=1e6)
-    params, _ = setup.family.init(jax.random.key(1))
+    params, _ = random_variables(setup.family.init, seed=1)
     fresh = sharding.place(setup.mesh, state.new_state(params, training.optimizer, c.ema_stds))
     record = {k: np.asarray(v) for k, v in setup.data.read(np.arange(2 * c.batch)).items()}
     real, fake = ({k: v[part] for k, v in record.items()} for part in (slice(None, c.batch), slice(c.batch, None)))
@@ -27,8 +28,8 @@ def build(setup, objective, **changes):
     return step.make_step(training), fresh, inputs
 
 
-def hyper(alpha=4.0, beta=0.2, lr=1e-3, noise=(-0.4, 1.2)):
-    return step.Hyper(alpha, beta, lr, noise)
+def hyper(alpha=4.0, beta=0.2, lr=1e-3, law=(-0.4, 1.2)):
+    return step.Hyper(alpha, beta, lr, law)
 
 
 def zero(setup, objective):
@@ -62,7 +63,7 @@ def test_a_search_compiles_once(setup):
     """Breaks if alpha, beta, lr or the noise levels become static, or the first call's types differ from later."""
     jitted, current, inputs = build(setup, "ddo")
     totals = zero(setup, "ddo")
-    for values in (hyper(), hyper(alpha=6.0), hyper(beta=0.01), hyper(lr=1e-5), hyper(noise=(-1.0, 2.0))):
+    for values in (hyper(), hyper(alpha=6.0), hyper(beta=0.01), hyper(lr=1e-5), hyper(law=(-1.0, 2.0))):
         current, totals = jitted(current, totals, inputs(jax.random.key(0), values))
     jitted(current, zero(setup, "ddo"), inputs(jax.random.key(1), hyper()))
     assert jitted._cache_size() == 1

@@ -96,12 +96,13 @@ def steps_of(phase, run, n):
 
 def test_small_sets_are_tokenised_once(run):
     """Breaks if training does not read the tokens of its images, or tokenises them at every step."""
-    assert run.programs.tokens is None and run.train.image_shape == (L,) and len(run.train) == len(run.data)
+    assert run.programs.tokens is None and run.training_data.image_shape == (L,)
+    assert len(run.training_data) == len(run.data)
     rows = np.array([0, 5, len(run.data) - 1])
     record = run.data.read(rows)
     tokens = run.family.encode(run.frozen, record, jax.random.key(0))["tokens"]
-    np.testing.assert_array_equal(run.train.read(rows)["image"], tokens)
-    np.testing.assert_array_equal(run.train.read(rows)["label"], record["label"])
+    np.testing.assert_array_equal(run.training_data.read(rows)["image"], tokens)
+    np.testing.assert_array_equal(run.training_data.read(rows)["label"], record["label"])
 
 
 def test_mirrored_images_are_tokenised_as_they_come(run, config):
@@ -111,7 +112,7 @@ def test_mirrored_images_are_tokenised_as_they_come(run, config):
     assert train is run.data and tokens is not None
     record = run.data.read(np.arange(16))
     made = tokens(run.frozen, sharding.put_batch(run.mesh, record))
-    np.testing.assert_array_equal(made["image"], run.train.read(np.arange(16))["image"])
+    np.testing.assert_array_equal(made["image"], run.training_data.read(np.arange(16))["image"])
 
 
 @pytest.mark.slow
@@ -214,8 +215,8 @@ def test_rows_that_return_are_not_asked_again(run, start, tmp_path):
     score = jax.jit(run.family.score)
     for k in range(6):
         rows = rng.permutation(40)[:16]
-        record = sharding.put_batch(run.mesh, run.train.read(rows))
-        draws = run.family.draw(step.step_keys(key, k)[2], 16, phase.hyper.noise)
+        record = sharding.put_batch(run.mesh, run.training_data.read(rows))
+        draws = run.family.draw(step.step_keys(key, k)[2], 16, phase.hyper.sigma_law)
         s_ref = asks(k, {"real": record, "fake": record}, {"real": rows, "fake": rows})
         s = score(start, run.frozen, run.family.encode(run.frozen, record, key), draws)
         np.testing.assert_allclose(s_ref, np.stack([s, s], 1), rtol=1e-5, atol=1e-4)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -16,6 +15,7 @@ from ddo_jax.convert import safetensors
 from ddo_jax.core import phema
 from ddo_jax.errors import UserError
 from ddo_jax.store import snapshots
+from tests.harness import random_variables
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = dict(np.load(ROOT / "tests" / "goldens" / "edm2_phema.npz"))
@@ -40,7 +40,7 @@ def some(value=1.0, size=3):
 def test_written_files_are_found_with_their_weights(setup, tmp_path):
     """Breaks if lengths are swapped, time or length are rounded to the name's, or names are not the released ones."""
     family, frozen = setup.family, setup.frozen
-    params = [family.init(jax.random.key(i))[0] for i in range(2)]
+    params = [random_variables(family.init, seed=i)[0] for i in range(2)]
     for images in (1_500, 200_600):
         snapshots.write(tmp_path / "x" / "snapshots", family, frozen, {0.05: params[0], 0.1004: params[1]}, images)
     found = snapshots.find(str(tmp_path / "x"))
