@@ -35,6 +35,7 @@ from ddo_jax.convert.inert import UnsafeOrDamaged  # noqa: E402
 from ddo_jax.data import pool, sources  # noqa: E402
 from ddo_jax.errors import UserError  # noqa: E402
 from ddo_jax.evaluate import image_sets, references  # noqa: E402
+from ddo_jax.evaluate.collect import MAIN  # noqa: E402
 from ddo_jax.evaluate.features import FeatureNet  # noqa: E402
 from tests.convert import conftest as build  # noqa: E402
 from tests.convert import test_fuzz as bytes_  # noqa: E402
@@ -304,7 +305,7 @@ def convert(path):
 
 def reference(path):
     network = FeatureNet("fuzz", "0", "fid", 1.0, lambda images: {"features": np.zeros((len(images), LENGTH))})
-    references.load_file(path, {"fid": LENGTH}, {"inception": network, references.MAIN: network})
+    references.load_file(path, {"fid": LENGTH}, {"inception": network, MAIN: network})
 
 
 def score_set(path):

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 CONFIG = """
-from ddo_jax.run import config as configs
+from ddo_jax import config as configs
 
 def get_config(variant=""):
     c = configs.base()
