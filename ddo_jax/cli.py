@@ -54,7 +54,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def main(parser: Parser, run: Callable, argv: list[str] | None = None) -> None:
-    """Parse, start JAX's distributed runtime where --distributed asks for it, run with the compilation cache."""
+    """Parse, start JAX's distributed runtime where --distributed asks for it, run."""
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     if getattr(args, "distributed", False):

@@ -24,9 +24,8 @@ from ddo_jax.errors import UserError
 MAX_ENTRIES, MAX_NAME = 20_000, 512  # of a state dict: parameters and modules; characters
 # Our own metadata in safetensors; the last one is `extras["encoder"]`.
 KIND_KEY, CONFIG_KEY, ENCODER_KEY = "ddo_jax_kind", "ddo_jax_config", "ddo_jax_released_encoder"
-SNAPSHOT = re.compile(
-    r".*-([0-9]{1,12})-([0-9]{1,3}\.[0-9]{1,6})\.[a-z]+"
-)  # specs/edm2.md section 9: ...-{kimg}-{EMA std}.pkl
+# ...-{kimg}-{EMA std}.pkl, specs/edm2.md section 9
+SNAPSHOT = re.compile(r".*-([0-9]{1,12})-([0-9]{1,3}\.[0-9]{1,6})\.[a-z]+")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,7 +93,19 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> Setup:
         tokens=tokens,
     )
     scorer = scoring.open_scorer(config, workdir, family, frozen, samplers, data)
-    return Setup(config, workdir, mesh, family, frozen, data, training_data, programs, scorer, console, params)
+    return Setup(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        family=family,
+        frozen=frozen,
+        data=data,
+        training_data=training_data,
+        programs=programs,
+        scorer=scorer,
+        console=console,
+        init=params,
+    )
 
 
 def initial_frozen(family: Family, mesh, seed: int):

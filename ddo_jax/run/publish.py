@@ -7,10 +7,9 @@ from etils import epath
 
 from ddo_jax import files, sharding
 from ddo_jax.convert import safetensors
-from ddo_jax.evaluate.records import read
 from ddo_jax.run import jobs, record, rounds
 from ddo_jax.run.prepare import Setup
-from ddo_jax.run.scoring import evaluations
+from ddo_jax.run.scoring import evaluation, evaluations
 from ddo_jax.store import classes
 from ddo_jax.store.checkpoint import Checkpoints, read_meta, weights_digest
 
@@ -34,7 +33,7 @@ def publish_views(setup: Setup) -> None:
     results = finished(setup.workdir)
     logs = [setup.workdir / name / "metrics.jsonl" for name in results]
     record.concatenate([p for p in logs if p.exists()], setup.workdir / "metrics.jsonl")
-    evals = [e for r in results.values() for e in (evaluations(r) or ([read(r)] if "protocol" in r else []))]
+    evals = [e for r in results.values() for e in (evaluations(r) or ([evaluation(r)] if "protocol" in r else []))]
     record.write_jsonl(setup.workdir / "evals.jsonl", [e.record() for e in evals])
 
 

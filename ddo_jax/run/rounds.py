@@ -21,11 +21,11 @@ from ddo_jax.data import sources
 from ddo_jax.data.labels import balanced_labels, present_classes
 from ddo_jax.data.pipeline import batches
 from ddo_jax.errors import UserError
-from ddo_jax.evaluate.records import Evaluation, Round, read, read_round
+from ddo_jax.evaluate.records import Evaluation, Round, read_round
 from ddo_jax.generate.seeds import seed_range
 from ddo_jax.run import fakes, jobs, loop, record, reference_scores, state, step
 from ddo_jax.run.prepare import Setup
-from ddo_jax.run.scoring import evaluations
+from ddo_jax.run.scoring import evaluation, evaluations
 from ddo_jax.store import classes
 from ddo_jax.store.checkpoint import read_meta, restore_ema
 
@@ -252,7 +252,7 @@ def _compete(setup: Setup, name: str, index: int, ref) -> Round:
         return ratios(setup, directory, best, (anchor, samples(), law))
 
     divide(setup, [jobs.Task(directory / "ratios", measure)])
-    before, after = read(start).score, best.evaluation.score
+    before, after = evaluation(start).score, best.evaluation.score
     improved = after < before
     text = f"{best.evaluation.metric} {before:.3f} -> {after:.3f} ({best.candidate}, step {best.evaluation.step})"
     setup.console.line(f"{name}: {text}{'' if improved else '; not better: the reference is kept'}")

@@ -12,10 +12,11 @@ from ddo_jax import files
 from ddo_jax.convert import names
 from ddo_jax.data import sources
 from ddo_jax.data.labels import balanced_labels, balanced_rule, present_classes
+from ddo_jax.errors import UserError
 from ddo_jax.evaluate import collect, features, image_sets, references
 from ddo_jax.evaluate.collect import DINOV2, MAIN
 from ddo_jax.evaluate.evaluator import Evaluator, First, Images, with_real_features
-from ddo_jax.evaluate.records import Evaluation
+from ddo_jax.evaluate.records import Evaluation, read
 from ddo_jax.families import Family
 from ddo_jax.generate.seeds import seed_range, seeds_text
 from ddo_jax.store import workdir as workdirs
@@ -200,8 +201,20 @@ def open_scorer(config, workdir: epath.Path, family: Family, frozen, samplers: l
     return Scorer(config, family, frozen, evaluator, samplers, present_classes(data.class_counts))
 
 
-def evaluations(result: dict) -> list[Evaluation]:
-    """Those that a finished task recorded, of any version."""
-    from ddo_jax.evaluate.records import read
+def evaluation(record: dict) -> Evaluation:
+    """One that this run recorded, of any version.
 
-    return [read(e) for e in result.get("evals", [])]
+    Raises:
+      UserError: it is none.
+    """
+    try:
+        return read(record)
+    except ValueError as e:
+        raise UserError(
+            f"a record of this run: {e}; continue with the version that wrote it, or put back a copy of the workdir"
+        ) from None
+
+
+def evaluations(result: dict) -> list[Evaluation]:
+    """Those of a finished task, or of a checkpoint's history."""
+    return [evaluation(e) for e in result.get("evals", [])]

@@ -21,7 +21,7 @@ from ddo_jax.evaluate.records import Evaluation, Protocol, Round
 from ddo_jax.plan import dry_run
 from ddo_jax.run import checks, main_job, rounds
 from ddo_jax.run.checks import check_network
-from ddo_jax.run.scoring import scoring_inputs
+from ddo_jax.run.scoring import open_evaluator, scoring_inputs
 from ddo_jax.store import checkpoint
 from ddo_jax.store.checkpoint import restore_ema
 from ddo_jax.store.workdir import check_inputs, open_workdir
@@ -112,6 +112,36 @@ def test_load_and_start_from_it(done, new_workdir):
     paths = (workdir / "report/scores/ddo/result.json", second / "report/scores/start/result.json")
     scores = [[e["fd_x100"] for e in files.read_json(p)["evals"]] for p in paths]
     assert scores[0] == scores[1]
+
+
+def test_any_metric_in_a_run(setup, micro, tmp_path):
+    """Breaks if the report's metrics are not those of the config, or the selecting one is not the one that counts."""
+    micro.eval.update(select="kid", metrics=("fid", "pr"))
+    checks.check(micro)
+    place = dataclasses.replace(setup.scorer, config=micro)
+    scorer = dataclasses.replace(place, evaluator=open_evaluator(micro, setup.workdir, setup.family, setup.data))
+    params = random_variables(setup.family.init)[0]
+    selecting, _ = scorer(params, ("a", 1, 16), "select", 0)
+    assert set(selecting.values) == {"kid", "kid_std", "accuracy"} and scorer.metric == selecting.metric == "kid"
+    reported, images = scorer(params, ("a", 1, 16), "report", 0)
+    assert {"kid", "fd_x100", "fd_x100_test", "precision0.048k", "recall0.048k"} <= set(reported.values)
+    assert reported.metric == "kid" and len(images) == 10 and (reported.step, reported.images) == (1, 16)
+    for key, value, words in (("select", "is", "fid, sfid, fd_dinov2, kid"), ("metrics", ("fix",), "fid, sfid, is")):
+        micro.eval.update(select=None, metrics=())
+        micro.eval.update({key: value})
+        with pytest.raises(UserError, match=f"config.eval.{key}: .*allowed: {words}"):
+            checks.check(micro)
+
+
+def test_a_record_of_a_later_version_is_one_line(setup, new_workdir):
+    """Breaks if an evaluation that cannot be read ends a run in a traceback."""
+    workdir = new_workdir("later")
+    own, ref, *_ = play(setup, workdir, lambda _, step: 3.0 - step)
+    path = own.workdir / "rounds/001/start/result.json"
+    files.write_sealed(path, files.read_sealed(path) | {"schema": 99})
+    (own.workdir / "rounds/001/best.json").unlink()
+    with pytest.raises(UserError, match="a record of this run: schema 99: written by a later version"):
+        rounds.play_round(own, 0, ref)
 
 
 class Judge:
