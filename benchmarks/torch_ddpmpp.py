@@ -102,10 +102,12 @@ class SongUNet(nn.Module):
         self.map_layer0 = nn.Linear(m, emb)
         self.map_layer1 = nn.Linear(emb, emb)
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        self._build(img_resolution, img_channels, m, emb, **options)
+        self._build(img_resolution, img_channels, m, emb, options)
 
-    def _build(self, resolution, channels, m, emb, channel_mult, num_blocks, attn_resolutions, dropout):
+    def _build(self, resolution, channels, m, emb, options):
         """The ordered entries of sections 4.2 and 4.3."""
+        keys = ("channel_mult", "num_blocks", "attn_resolutions", "dropout")
+        channel_mult, num_blocks, attn_resolutions, dropout = (options[key] for key in keys)
         here, skips = m, [m]
         for level, mult in enumerate(channel_mult):
             at = f"{resolution >> level}x{resolution >> level}"

@@ -12,7 +12,7 @@ Variants: `:runlocal` the same code path in under a minute; `:unet` a small DDPM
 The recipe was searched on this data: "ours" below; "EDM" marks Karras et al. 2022.
 """
 
-from ddo_jax.config import base
+from ddo_jax.config import base, variants
 from ddo_jax.core.ema import decay_to_half_life
 
 BATCH = 128
@@ -28,14 +28,10 @@ def get_config(variant: str = ""):
     )
     config.data.name = "digits"
     config.eval.network = "digits"
-    with config.unlocked():
-        config.model.width = 64  # ours: 64,864 parameters
-        config.model.blocks = 3
+    config.model.update(img_resolution=8, img_channels=1, label_dim=10, levels=17)  # x/8 - 1
     config.model.arch = "mlp"  # matrix products only: convolutions are slow on XLA's CPU backend
-    config.model.img_resolution = 8
-    config.model.img_channels = 1
-    config.model.label_dim = 10
-    config.model.levels = 17  # x/8 - 1
+    with config.unlocked():
+        config.model.update(width=64, blocks=3)  # ours: 64,864 parameters
     config.sampler.num_steps = 18  # EDM, CIFAR-10
 
     pretrain = config.pretrain
@@ -76,12 +72,7 @@ def get_config(variant: str = ""):
     config.eval.batch = 2048
     config.log.every = 50
 
-    if variant == "runlocal":
-        runlocal(config)
-    elif variant == "unet":
-        unet(config)
-    elif variant:
-        raise ValueError(f"configs/digits.py:{variant}: unknown variant; allowed: runlocal, unet")
+    variants.apply(config, variant, VARIANTS)
     return config
 
 
@@ -126,3 +117,6 @@ def unet(config):
     config.control.eval_every.steps = 150
     config.eval.num = 1024
     config.eval.batch = 256
+
+
+VARIANTS = {"runlocal": runlocal, "unet": unet}

@@ -75,23 +75,14 @@ def get_config(variant: str = ""):
     control.b1, control.b2, control.ema_stds = 0.9, 0.99, (0.05,)
     control.p_mean, control.p_std = -0.4, 1.0
 
-    config.eval.network = "inception"
-    config.eval.num = 50_000  # paper
+    config.eval.update(network="inception", reference="edm2-img512-ref", num=50_000)  # paper
     config.eval.select_num = 10_000  # ours
-    config.eval.batch = 256  # ours
-    config.eval.reference = "edm2-img512-ref"
     config.eval.batch = 64  # ours: decoded to 512 x 512
     with config.unlocked():
         config.model.update(vae="sd-vae-ft-mse", image_size=512, image_channels=3)
         config.model.update(latent_mean=(5.81, 3.25, 0.12, -2.15), latent_std=(4.17, 4.62, 3.71, 3.28))  # EDM2
 
-    known = {
-        "search": variants.search,
-        "from_scratch": variants.from_scratch,
-        "released": variants.released("edm2-img512-l-ddo"),
-        "runlocal": runlocal,
-    }
-    variants.apply(config, variant, known)
+    variants.apply(config, variant, VARIANTS)
     return config
 
 
@@ -102,3 +93,11 @@ def runlocal(config) -> None:
         vae=str(Path(__file__).resolve().with_name("digits_vae.safetensors")), image_size=8, image_channels=1
     )
     config.model.update(latent_mean=(-0.41, 0.67, 0.07, -0.16), latent_std=(0.75, 1.92, 1.72, 1.46))  # its metadata
+
+
+VARIANTS = {
+    "search": variants.search,
+    "from_scratch": variants.from_scratch,
+    "released": variants.released("edm2-img512-l-ddo"),
+    "runlocal": runlocal,
+}

@@ -77,11 +77,13 @@ def get_config(variant: str = ""):
     config.eval.batch = 256  # ours
     config.eval.reference = "edm2-img64-ref"
 
-    known = {
-        "search": variants.search,
-        "from_scratch": variants.from_scratch,
-        "released": variants.released("edm2-img64-s-ddo"),
-        "runlocal": variants.runlocal_edm2,
-    }
-    variants.apply(config, variant, known)
+    variants.apply(config, variant, VARIANTS)
     return config
+
+
+VARIANTS = {
+    "search": variants.search,
+    "from_scratch": variants.from_scratch,
+    "released": variants.released("edm2-img64-s-ddo"),
+    "runlocal": variants.runlocal_edm2,
+}

@@ -94,8 +94,8 @@ def pair_objective(family: Family, objective: str, params, inputs: Inputs, pair:
     hyper = inputs.hyper
 
     def loss(r_real, r_fake, s):
-        nll = family.nll(s, ddo.interleave(pair.real, pair.fake), ddo.interleave(pair.draws, pair.draws))
-        nll = nll.reshape(-1, 2)[:, 0]
+        s_real = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:])[:, 0], s)  # of interleaved rows
+        nll = family.nll(s_real, pair.real, pair.draws)
         r = jnp.stack([r_real, r_fake], axis=1)
         value, stats = family.pair_loss(objective, r, -nll, labels, pair.draws, hyper.alpha, hyper.beta)
         return value, {**stats, "nll_real": measured(jax.lax.stop_gradient(nll))}

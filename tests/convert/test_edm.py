@@ -71,8 +71,9 @@ def test_every_mistake_is_named():
         from_torch("edn", config, state)
 
 
-def block(name, ci, co, emb, *, adm, resampled, taps, attention):
+def block(name, channels, emb, *, adm, resampled, taps, attention):
     """Entries of one U-Net block, section 7, in order."""
+    ci, co = channels
     filt = {"resample_filter": (1, 1, taps, taps)}
     layer = {f"{name}.norm0": {"weight": (ci,), "bias": (ci,)}}
     layer[f"{name}.conv0"] = {"weight": (co, ci, 3, 3), "bias": (co,)} | (filt if resampled else {})
@@ -108,7 +109,7 @@ def section7(config):
         out["map_label.weight"] = (emb, labels)
 
     def add(name, ci, co, resampled=False, attention=False):
-        out.update(block(name, ci, co, emb, adm=adm, resampled=resampled, taps=taps, attention=attention))
+        out.update(block(name, (ci, co), emb, adm=adm, resampled=resampled, taps=taps, attention=attention))
         return co
 
     c, aux, skips = m * mult[0] if adm else m, 3, []

@@ -5,7 +5,6 @@ pull-back, to which the losses are chained. The reference's training mode is the
 parameters. `pytest -s` prints the errors.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -351,16 +350,19 @@ def record(run, prefix, side):
     return {"image": run.get(f"{prefix}{side}"), "label": jnp.argmax(run.get(f"{prefix}lab_{side}"), 1)}
 
 
+class Golden(EDM2):
+    """The golden network as the product's family; its images are examples already, and its draws come as `noise`."""
+
+    def encode(self, frozen, record, key):
+        return {"x": record["image"], "label": record["label"]}
+
+    def draw(self, key, n, noise):
+        return dict(zip(("sigma", "eps"), noise, strict=True))
+
+
 @pytest.fixture(scope="module")
 def family(small):
-    """The golden network as the product's family; its images are examples already, and its draws come as `noise`."""
-    codec = Pixels((16, 16, 3), 256)
-    made = EDM2(small.module, codec, small.config, "highest", "float32").family("edm2")
-    return dataclasses.replace(
-        made,
-        encode=lambda frozen, record, key: {"x": record["image"], "label": record["label"]},
-        draw=lambda key, n, noise: dict(zip(("sigma", "eps"), noise, strict=True)),
-    )
+    return Golden(small.module, Pixels((16, 16, 3), 256), small.config, "highest", "float32")
 
 
 @pytest.mark.slow
@@ -369,11 +371,13 @@ def test_trajectory(small, family):
     size = int(small.golden["traj/batch_size"])
     c = config.base().ddo
     c.batch, c.b1, c.b2, c.ema_stds = size, 0.9, 0.99, (0.05, 0.1)
-    tx, mesh = state.optimizer(c), sharding.make_mesh()
+    mesh = sharding.make_mesh()
+    training = step.Training(family, mesh, c, "ddo", warmup=0.0, total=3.0 * size)
     frozen, ref = {"buffers": small.buffers}, sharding.place(mesh, small.ref)
-    running = sharding.place(mesh, state.new_state(jax.tree.map(jnp.asarray, small.params), tx, c.ema_stds))
-    shapes = jax.eval_shape(lambda: running)
-    advance = step.make_step(family, c, tx, mesh, shapes, objective="ddo", warmup=0.0, total=3.0 * size)
+    running = sharding.place(
+        mesh, state.new_state(jax.tree.map(jnp.asarray, small.params), training.optimizer, c.ema_stds)
+    )
+    advance = step.make_step(training)
     losses = []
     for i, lr in enumerate(small.golden["traj/lr"]):
         at = f"traj/{i}/"
@@ -382,7 +386,8 @@ def test_trajectory(small, family):
         sides = [record(small, at, side) for side in ("real", "fake")]
         hyper = step.Hyper(4.0, 0.05, float(lr), noise)
         with jax.numpy_dtype_promotion("standard"):  # optax
-            running, totals = advance(running, totals, ref, frozen, *sides, jax.random.key(0), hyper)
+            inputs = step.Inputs(frozen, *sides, jax.random.key(0), hyper, ref)
+            running, totals = advance(running, totals, inputs)
         loss = sum(totals[k][0] / totals[k][1] for k in ("loss_real", "loss_fake"))
         losses.append(loss)
         trees = {"param": running["params"], "ema0.050": running["ema"], "ema0.100": running["emas"]["0.100"]}

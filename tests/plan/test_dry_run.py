@@ -127,13 +127,13 @@ def test_against_the_compiler(micro):
     family, c = get_family(micro), micro.ddo
     c.batch = 512
     params, frozen = jax.eval_shape(family.init, jax.random.key(0))
-    tx, mesh = state.optimizer(c), sharding.make_mesh()
-    shapes = jax.eval_shape(lambda p: state.new_state(p, tx), params)
-    advance = step.make_step(family, c, tx, mesh, shapes, objective="ddo", warmup=0.0, total=1e6)
+    training = step.Training(family, sharding.make_mesh(), c, "ddo", warmup=0.0, total=1e6)
+    shapes = jax.eval_shape(lambda p: state.new_state(p, training.optimizer), params)
     records = memory.record(family, c.batch)
     totals, key = jax.eval_shape(lambda: (step.zero_totals("ddo"), jax.random.key(0)))
     hyper = step.Hyper(4.0, 0.2, 1e-6, (-0.4, 1.2))
-    compiled = advance.lower(shapes, totals, params, frozen, records, records, key, hyper).compile()
+    inputs = step.Inputs(frozen, records, records, key, hyper, params)
+    compiled = step.make_step(training).lower(shapes, totals, inputs).compile()
     found = compiled.memory_analysis()
     estimate = memory.step_bytes(family, c, "ddo", 1, 1)["total"]
     assert 0.25 * estimate < found.argument_size_in_bytes + found.temp_size_in_bytes < estimate

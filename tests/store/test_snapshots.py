@@ -218,8 +218,9 @@ import numpy as np
 from etils import epath
 from ddo_jax import sharding
 from ddo_jax.families import get_family
-from ddo_jax.run import config as configs
-from ddo_jax.run import snapshots, state, step
+from ddo_jax import config as configs
+from ddo_jax.run import state, step
+from ddo_jax.store import snapshots
 
 c = configs.base()
 c.model.update(arch="mlp", img_resolution=8, img_channels=1, label_dim=10, levels=17)
@@ -231,15 +232,15 @@ rng = np.random.default_rng(0)
 record = {"image": rng.integers(0, 17, (16, 8, 8, 1)).astype(np.uint8), "label": np.arange(16, dtype=np.int32) % 10}
 start, frozen = jax.tree.map(np.asarray, jax.jit(family.init)(jax.random.key(3)))
 for name, devices, fsdp in (("one", jax.devices()[:1], 1), ("eight", jax.devices(), 2)):
-    mesh, tx = sharding.make_mesh(fsdp, devices), state.optimizer(p)
-    current = sharding.place(mesh, state.new_state(start, tx, p.ema_stds))
-    shapes = jax.eval_shape(lambda: current)
-    advance = step.make_step(family, p, tx, mesh, shapes, objective="mle", warmup=0.0, total=1e6)
+    mesh = sharding.make_mesh(fsdp, devices)
+    training = step.Training(family, mesh, p, "mle", warmup=0.0, total=1e6)
+    current = sharding.place(mesh, state.new_state(start, training.optimizer, p.ema_stds))
+    advance = step.make_step(training)
     totals = sharding.replicate(mesh, step.zero_totals("mle"))
     key, hyper = sharding.replicate(mesh, jax.random.key(0)), step.Hyper(1.0, 1.0, 1e-3, (-1.2, 1.2))
     for _ in range(3):
         real = sharding.put_batch(mesh, record)
-        current, totals = advance(current, totals, None, frozen, real, None, key, hyper)
+        current, totals = advance(current, totals, step.Inputs(frozen, real, None, key, hyper))
     print(name, sorted({str(x.sharding.spec) for x in jax.tree.leaves(current["emas"])}))
     averages = state.averages(current, p.ema_stds)
     snapshots.write(epath.Path(sys.argv[1]) / name, family, frozen, averages, 48)
