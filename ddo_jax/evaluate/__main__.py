@@ -9,13 +9,20 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ddo_jax import cli
 from ddo_jax.errors import UserError
 from ddo_jax.generate import flags
+
+if TYPE_CHECKING:  # --help loads no jax
+    from ddo_jax.evaluate.collect import Collected
+    from ddo_jax.evaluate.evaluator import Evaluator
+    from ddo_jax.evaluate.records import Evaluation
 
 
 def parser() -> cli.Parser:
@@ -62,7 +69,7 @@ def parser() -> cli.Parser:
 # Where images come from
 
 
-def of_files(what: str, num: int | None, levels: int):
+def of_files(what: str, num: int | None, levels: int) -> Any:
     """A set of files."""
     from ddo_jax.evaluate import collect, image_sets
     from ddo_jax.evaluate.evaluator import Images
@@ -74,7 +81,7 @@ def of_files(what: str, num: int | None, levels: int):
     return Images(found.name, found.num, found.shape, found.levels, found.num_classes, records, made, found.lossy)
 
 
-def of_checkpoint(args) -> list:
+def of_checkpoint(args: argparse.Namespace) -> list:
     """One set a seed range, or one a value of --sweep; the network is loaded once."""
     from ddo_jax.generate import request, seeds
 
@@ -94,14 +101,14 @@ def of_checkpoint(args) -> list:
     return [generated(asked, model, s, seeds.seeds_text(s)) for s in numbers]
 
 
-def swept(args) -> tuple[str, list]:
+def swept(args: argparse.Namespace) -> tuple[str, list]:
     """(key, values) of --sweep."""
     from ddo_jax.evaluate import sweep
 
     return sweep.parse(args.sweep, {"guidance": float} | {k: v for k, v in flags.SAMPLER.items() if v in (int, float)})
 
 
-def generated(asked, model, numbers: np.ndarray, name: str):
+def generated(asked: Any, model: Any, numbers: np.ndarray, name: str) -> Any:
     """The images of a list of seeds."""
     from ddo_jax.evaluate import collect
     from ddo_jax.evaluate.evaluator import Images
@@ -123,7 +130,7 @@ def generated(asked, model, numbers: np.ndarray, name: str):
 # Images kept
 
 
-def check_keep(args) -> None:
+def check_keep(args: argparse.Namespace) -> None:
     """What cannot be written is refused before anything is made."""
     if args.keep is None:
         return
@@ -136,7 +143,7 @@ def check_keep(args) -> None:
         raise UserError(f"--keep: {args.keep} exists; take another name, or move it aside")
 
 
-def kept(images, keep: str | None):
+def kept(images: Any, keep: str | None) -> Any:
     """The set, its images written on the way if `keep` says so."""
     import jax
     from etils import epath
@@ -152,7 +159,7 @@ def kept(images, keep: str | None):
     else:
         writer = writers.FolderWriter(lambda name: path / f"{name}.png")
 
-    def records():
+    def records() -> Iterator[dict]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield from writers.written(images.records, writer, images.levels)
@@ -184,7 +191,7 @@ def parse_metrics(text: str, bootstrap: bool) -> list[str]:
     return list(dict.fromkeys(names + (["bootstrap"] if bootstrap else [])))
 
 
-def load_networks(args, wanted: list[str]) -> dict:
+def load_networks(args: argparse.Namespace, wanted: list[str]) -> dict:
     """{MAIN, DINOV2: FeatureNet}, those that the metrics need; absent weights are named before anything is made."""
     from ddo_jax.data import sources
     from ddo_jax.evaluate import collect, features, references
@@ -204,13 +211,13 @@ def load_networks(args, wanted: list[str]) -> dict:
     return networks
 
 
-def run_pass(images, keep, evaluator, wanted):
+def run_pass(images: Any, keep: str | None, evaluator: "Evaluator", wanted: list[str]) -> "Collected":
     """One set through the networks, with a bar."""
     from tqdm import tqdm
 
     whole = kept(images, keep)
 
-    def records():
+    def records() -> Iterator[dict]:
         with tqdm(total=images.num, desc=images.name, unit=" images", disable=None) as bar:
             for record in whole.records:
                 bar.update(len(record["image"]))
@@ -267,7 +274,7 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def check(args, wanted: list[str]) -> None:
+def check(args: argparse.Namespace, wanted: list[str]) -> None:
     """Flags that contradict each other."""
     if args.batch < 1:
         raise UserError(f"--batch: {args.batch}; allowed: at least 1")
@@ -292,7 +299,7 @@ def check(args, wanted: list[str]) -> None:
     check_keep(args)
 
 
-def open_evaluator(args, wanted: list[str], shape: tuple[int, ...], networks: dict):
+def open_evaluator(args: argparse.Namespace, wanted: list[str], shape: tuple[int, ...], networks: dict) -> "Evaluator":
     """The evaluator of the flags, for images of a shape."""
     from ddo_jax.evaluate import collect, references
     from ddo_jax.evaluate.evaluator import Evaluator, with_real_features
@@ -303,7 +310,7 @@ def open_evaluator(args, wanted: list[str], shape: tuple[int, ...], networks: di
     return with_real_features(Evaluator(networks, found), wanted)
 
 
-def against(args, evaluator, collected) -> tuple[dict, dict]:
+def against(args: argparse.Namespace, evaluator: "Evaluator", collected: "Collected") -> tuple[dict, dict]:
     """({name: value} of the interval of --bootstrap, its protocol)."""
     from ddo_jax.evaluate import collect
 
@@ -319,7 +326,7 @@ def against(args, evaluator, collected) -> tuple[dict, dict]:
     return values, about
 
 
-def score(args, evaluator, images, wanted: list[str]):
+def score(args: argparse.Namespace, evaluator: "Evaluator", images: Any, wanted: list[str]) -> "Evaluation":
     """The evaluation of one set, with the interval of --bootstrap where it is asked for."""
     collected = run_pass(images, args.keep, evaluator, wanted)
     found = evaluator.of_collected(images, [metric for metric in wanted if metric != "bootstrap"], collected)
@@ -331,7 +338,7 @@ def score(args, evaluator, images, wanted: list[str]):
     return dataclasses.replace(found, values=found.values | values, protocol=protocol)
 
 
-def evaluate(args) -> None:
+def evaluate(args: argparse.Namespace) -> None:
     """Score what the flags name.
 
     Raises:
@@ -369,7 +376,7 @@ def evaluate(args) -> None:
         print(f"recorded in {args.out}")
 
 
-def trade_off(args, columns: dict) -> str:
+def trade_off(args: argparse.Namespace, columns: dict) -> str:
     """Prints the table of a sweep; its picture is written, and the words below it are returned."""
     from ddo_jax.evaluate import sweep
 
@@ -385,7 +392,7 @@ def trade_off(args, columns: dict) -> str:
     return f"* best of its column; picture: {path}"
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     from ddo_jax import compilation
 
     with compilation.cache():

@@ -11,6 +11,7 @@ import functools
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -129,7 +130,7 @@ def probe(networks: dict[str, FeatureNet], wanted: Iterable[str], shape: tuple[i
 class _Kept:
     """Rows kept in one array, allocated once where their number is known."""
 
-    def __init__(self, num: int):
+    def __init__(self, num: int) -> None:
         self._num, self._at = num, 0
         self._rows = np.empty((0, 0), np.float32)
 
@@ -224,7 +225,7 @@ def _inception_score(collected: Collected) -> dict[str, float]:
     return {named("is", collected.num): found.mean, named("is_std", collected.num): found.std}
 
 
-def _distance(reference, metric: str, moments) -> float:
+def _distance(reference: Any, metric: str, moments: tuple) -> float:
     g = reference.gaussians[metric]
     return frechet.frechet_distance(g.mu, g.sigma, *moments, root1=g.root)
 
@@ -247,7 +248,7 @@ def fid_infinity(features: np.ndarray, distance: Callable, points: int = INF_POI
 
 
 def compute(
-    wanted: Iterable[str], collected: Collected, references: dict, networks: dict[str, FeatureNet], real=None
+    wanted: Iterable[str], collected: Collected, references: dict, networks: dict[str, FeatureNet], real: Any = None
 ) -> dict[str, float]:
     """The values of metrics, named for the number of images.
 
@@ -285,7 +286,7 @@ def compute(
     return out | ({} if collected.accuracy is None else {"accuracy": collected.accuracy})
 
 
-def compare(a: Collected, b: Collected, reference, network: FeatureNet) -> tuple[metrics.Interval, bool]:
+def compare(a: Collected, b: Collected, reference: Any, network: FeatureNet) -> tuple[metrics.Interval, bool]:
     """(95 % interval of the distance of a less that of b, whether the images are paired by their names).
 
     Raises:

@@ -7,7 +7,7 @@ candidates and the control are judged by the same network.
 
 import math
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class Classifier(NamedTuple):
         return f"{zlib.crc32(b''.join(x.tobytes() for layer in self.layers for x in layer)):08x}"
 
 
-def _forward(layers, images):
+def _forward(layers: Any, images: Any) -> tuple[jax.Array, jax.Array]:
     """uint8 [N, 8, 8, 1] -> features [N, 32] (after tanh, so bounded), logits [N, 10]."""
     x = images.reshape(images.shape[0], -1).astype(jnp.float32) / 8 - 1
     *hidden, (w_out, b_out) = layers
@@ -51,14 +51,14 @@ def train(images: np.ndarray, labels: np.ndarray, num_classes: int = 10) -> Clas
     tx = optax.adamw(schedule, weight_decay=1e-2)
     pixels, classes = jnp.asarray(images), jnp.asarray(labels)
 
-    def step(carry, key):
+    def step(carry: tuple, key: jax.Array) -> tuple:
         layers, opt_state = carry
         key_rows, key_noise = jax.random.split(key)
         rows = jax.random.randint(key_rows, (128,), 0, len(classes))
         x = pixels[rows].astype(jnp.float32)
         x = x + jax.random.normal(key_noise, x.shape)  # one grey level: features less sharp than the classes
 
-        def loss(layers):
+        def loss(layers: Any) -> jax.Array:
             logits = _forward(layers, x)[1]
             return optax.softmax_cross_entropy_with_integer_labels(logits, classes[rows]).mean()
 
@@ -71,7 +71,7 @@ def train(images: np.ndarray, labels: np.ndarray, num_classes: int = 10) -> Clas
     return Classifier(jax.tree.map(np.asarray, fitted))
 
 
-def check(layers, data) -> None:
+def check(layers: Any, data: Any) -> None:
     """Refuse layers that are none of this classifier's for a data set.
 
     Raises:
@@ -86,5 +86,5 @@ def check(layers, data) -> None:
 
 
 @jax.jit
-def features_and_logits(layers, images):
+def features_and_logits(layers: Any, images: Any) -> tuple[jax.Array, jax.Array]:
     return _forward(layers, images)

@@ -38,7 +38,7 @@ class Images:
 class First:
     """The records of a set as they pass, of which the first `num` images are kept."""
 
-    def __init__(self, records: Iterable[dict], num: int):
+    def __init__(self, records: Iterable[dict], num: int) -> None:
         self._records, self._num = records, num
         self._parts: list[np.ndarray] = []
 

@@ -98,7 +98,7 @@ def _grey(images: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return images[..., :1]
 
 
-def _weights(name: str, weights: str | None):
+def _weights(name: str, weights: str | None) -> tuple[convert.Released, str]:
     """(what the file holds, twelve hex digits of its SHA-256) of a feature network's file."""
     path = names.resolve(weights or DEFAULT_WEIGHTS[name])
     try:
@@ -124,7 +124,7 @@ def _inception(weights: str | None) -> FeatureNet:
     _, variables = _converted(released)
     variables = jax.device_put(variables)
 
-    def program(images):
+    def program(images: Any) -> dict[str, jax.Array]:
         out = inception.features(variables, images)
         return {"features": out["pool3"], "logits": out["logits_unbiased"], "spatial": out["spatial"]}
 
@@ -159,7 +159,7 @@ def _dinov2(weights: str | None) -> FeatureNet:
     )
 
 
-def _fitted(train, path: epath.Path, expected: str | None):
+def _fitted(train: Any, path: epath.Path, expected: str | None) -> Any:
     """The layers of the digits classifier: those of its file, or, where this is damaged or another one, made again.
 
     Raises:
@@ -198,12 +198,12 @@ def _fitted(train, path: epath.Path, expected: str | None):
     return layers
 
 
-def _digits(train, cache: epath.Path, expected: str | None) -> FeatureNet:
+def _digits(train: Any, cache: epath.Path, expected: str | None) -> FeatureNet:
     from ddo_jax.evaluate import digits
 
     layers = _fitted(train, epath.Path(cache) / "features-digits.npz", expected)
 
-    def apply(images):
+    def apply(images: Any) -> Vectors:
         features, logits = digits.features_and_logits(layers, _grey(images, train.image_shape))
         return {"features": np.asarray(features), "class_logits": np.asarray(logits)}
 
@@ -238,7 +238,7 @@ def check(name: str, weights: str | None) -> None:
 
 def get_features(
     name: str,
-    train=None,
+    train: Any = None,
     cache: epath.PathLike | None = None,
     weights: str | None = None,
     expected: str | None = None,

@@ -42,8 +42,8 @@ class ImageSet:
 class Streamed(sources.EncodedSource):
     """Images that are read once: nothing is kept but the kinds of files that lost detail, in `lossy`."""
 
-    def __init__(self, records):
-        self.lossy = set()
+    def __init__(self, records: Any) -> None:
+        self.lossy: set[str] = set()
         super().__init__(records)
 
     def _fits(self) -> bool:
@@ -70,7 +70,7 @@ def chosen(n: int, num: int | None) -> np.ndarray:
     return order
 
 
-def _encoded(records, labelled: bool, num: int | None) -> ImageSet:
+def _encoded(records: Any, labelled: bool, num: int | None) -> ImageSet:
     source, indices = Streamed(records), chosen(len(records), num)
 
     def read(size: int) -> Iterator[dict]:
@@ -83,7 +83,7 @@ def _encoded(records, labelled: bool, num: int | None) -> ImageSet:
     return ImageSet(records.name, len(indices), source.image_shape, 256, classes, read, lossy=source.lossy)
 
 
-def of_source(source, limit: int | None = None, levels: int = 256) -> ImageSet:
+def of_source(source: Any, limit: int | None = None, levels: int = 256) -> ImageSet:
     """A dataset, or `limit` of its images, evenly spread (the classes may lie one after the other)."""
     indices = np.arange(len(source))
     if limit is not None and limit < len(source):
@@ -111,7 +111,7 @@ def first(images: ImageSet, num: int) -> ImageSet:
     return dataclasses.replace(images, num=min(num, images.num), records=read)
 
 
-def _exactly(file, size: int) -> bytes:
+def _exactly(file: Any, size: int) -> bytes:
     parts = []
     while size > 0:
         part = file.read(size)

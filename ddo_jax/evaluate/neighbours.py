@@ -1,9 +1,11 @@
 """Nearest neighbours in pixels: the evidence that samples are no copies of the training set."""
 
+from typing import Any
+
 import numpy as np
 
 
-def some_images(source, limit: int = 10_000) -> np.ndarray:
+def some_images(source: Any, limit: int = 10_000) -> np.ndarray:
     """All images of a source, or `limit` of them, evenly spread (the classes may lie one after the other); never more
     than 2^27 values, which are compared in float64."""
     limit = min(limit, max(1, 2**27 // int(np.prod(source.image_shape))))

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import io
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class Reference:
         return f"{self.name} {self.digest} ({'?' if self.num_images is None else self.num_images} images)"
 
 
-def gaussian(mu, sigma, length: int, where: str, network: str) -> Gaussian:
+def gaussian(mu: Any, sigma: Any, length: int, where: str, network: str) -> Gaussian:
     """Checked statistics.
 
     Args:
@@ -182,7 +183,7 @@ def _has_images(path: Path) -> bool:
     return "arr_0" in npz.names(path)
 
 
-def needed(wanted) -> list[str]:
+def needed(wanted: Iterable[str]) -> list[str]:
     """Of metrics, the statistics they need.
 
     >>> needed(["is", "fid_inf"])
@@ -242,7 +243,7 @@ def statistics(images: image_sets.ImageSet, network: FeatureNet, owner: str) -> 
     return found
 
 
-def open_dataset(name: str, split: str, directory: str | None):
+def open_dataset(name: str, split: str, directory: str | None) -> Callable[[int | None], image_sets.ImageSet]:
     """(name -> ImageSet of all images, or of a limited number) of a dataset source or an .npz of images.
 
     Raises:
@@ -263,7 +264,7 @@ def open_dataset(name: str, split: str, directory: str | None):
     return functools.partial(image_sets.of_source, source, levels=LEVELS.get(name, 256))
 
 
-def of_images(opened, lengths: dict[str, int], networks: dict[str, FeatureNet]) -> Reference:
+def of_images(opened: Any, lengths: dict[str, int], networks: dict[str, FeatureNet]) -> Reference:
     """Statistics of a set of real images.
 
     Args:

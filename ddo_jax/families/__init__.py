@@ -1,6 +1,7 @@
 """Registry of families: `get_family(config)`; `from_released(config, released)` for files of others."""
 
 import importlib
+from typing import Any
 
 from ddo_jax.errors import UserError, one_line
 from ddo_jax.families.base import Family, Guidance, Records, Spec
@@ -11,14 +12,14 @@ FAMILIES = {"edm": "ddo_jax.families.edm", "edm2": "ddo_jax.families.edm2", "var
 KINDS = {"edm": "edm", "mlp": "edm", "edm2": "edm2", "var": "var"}  # of files: {kind: family}
 
 
-def _module(name: str):
+def _module(name: str) -> Any:
     if name not in FAMILIES:
         allowed = f"{', '.join(sorted(FAMILIES))}, or a function of yours, as in package.module:make"
         raise UserError(f"config.family: {name!r}; allowed: {allowed}")
     return importlib.import_module(FAMILIES[name])
 
 
-def _make_of(path: str):
+def _make_of(path: str) -> Any:
     """The function that "package.module:make" names."""
     module, _, name = path.partition(":")
     try:
@@ -27,7 +28,7 @@ def _make_of(path: str):
         raise UserError(f"config.family: {path!r}: {type(e).__name__}: {one_line(e)}") from None
 
 
-def get_family(config) -> Family:
+def get_family(config: Any) -> Family:
     """The family that `config.family` names, built from `config.model` and the keys that it claims.
 
     A name with a colon, "package.module:make", is a function (config) -> Family anywhere on the path.
@@ -44,7 +45,7 @@ def get_family(config) -> Family:
     return family
 
 
-def from_released(config, released) -> None:
+def from_released(config: Any, released: Any) -> None:
     """Set `config.family`, `config.model` and `config.sampler` to those of a released checkpoint.
 
     Args:

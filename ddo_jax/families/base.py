@@ -46,7 +46,7 @@ VAR_SAMPLER = dict(
 SAMPLER = DIFFUSION_SAMPLER | VAR_SAMPLER
 
 
-def own_settings(sampler, own) -> dict:
+def own_settings(sampler: Any, own: Any) -> dict:
     """The values of the keys `own` of config.sampler, as far as they are given.
 
     Raises:
@@ -221,7 +221,9 @@ class Family(abc.ABC):
         """loss [B] of pretraining and control: as nll (or nll a token), but with dropout and augmentation as
         configured, drawn from key."""
 
-    def pair_loss(self, objective: str, r, logp_real, labels, draws: Draws, alpha, beta) -> tuple[jax.Array, dict]:
+    def pair_loss(
+        self, objective: str, r: jax.Array, logp_real: jax.Array, labels: jax.Array, draws: Draws, alpha: Any, beta: Any
+    ) -> tuple[jax.Array, dict]:
         """(loss, stats of `ddo.ddo_loss`) of r [B,2]; column 0 is real, 1 fake.
 
         logp_real [B] = -nll, for losses that train some rows by MLE; labels [B,2]. objective: of `objectives`.
@@ -231,7 +233,7 @@ class Family(abc.ABC):
     # -- samples ----------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def settings(self, sampler) -> Any:
+    def settings(self, sampler: Any) -> Any:
         """config.sampler (mapping) -> hashable settings of `sample`, with `.nfe` (network evaluations of one sample),
         `.solver` and `.record()` (a dict, for protocols).
 
@@ -257,7 +259,9 @@ class Family(abc.ABC):
         return jnp.zeros((len(keys), 0))
 
     @abc.abstractmethod
-    def sample(self, nets: tuple, frozen: PyTree, labels: jax.Array, latents, noise, settings: Any) -> Examples:
+    def sample(
+        self, nets: tuple, frozen: PyTree, labels: jax.Array, latents: Any, noise: Any, settings: Any
+    ) -> Examples:
         """Examples of labels [B].
 
         nets = (params, None), or (params, (guide, weight)) with the weight traced; with own guidance (params, (None,

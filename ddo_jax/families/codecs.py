@@ -5,6 +5,8 @@ A codec turns stored arrays into the x that the network sees (float32, standard 
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +14,17 @@ import numpy as np
 
 from ddo_jax.convert import sdvae
 from ddo_jax.errors import UserError
-from ddo_jax.families.base import Records
+from ddo_jax.families.base import PyTree, Records
 
 TOGETHER = 4  # images a device: the VAE's activations at 512 x 512 are 0.1 GB each
 
 
-def to_unit(image, levels: int):
+def to_unit(image: Any, levels: int) -> jax.Array:
     """uint8 with `levels` grey levels 0..levels-1 -> float32 in [-1, 1] (256 levels: x/127.5 - 1)."""
     return image.astype(jnp.float32) / ((levels - 1) / 2) - 1
 
 
-def to_uint8(x, levels: int):
+def to_uint8(x: jax.Array, levels: int) -> jax.Array:
     """The inverse, rounded to nearest: trunc(clip(127.5 x + 128, 0, 255)) at 256 levels."""
     half = (levels - 1) / 2
     return jnp.clip(half * x.astype(jnp.float32) + (half + 0.5), 0, levels - 1).astype(jnp.uint8)
@@ -50,13 +52,13 @@ class Pixels:
     def companions(self) -> dict:
         return {}
 
-    def encode(self, frozen, image, key):
+    def encode(self, frozen: PyTree, image: jax.Array, key: jax.Array) -> jax.Array:
         return to_unit(image, self.levels)
 
-    def store(self, x):
+    def store(self, x: jax.Array) -> jax.Array:
         return to_uint8(x, self.levels)
 
-    def decode(self, frozen, x):
+    def decode(self, frozen: PyTree, x: jax.Array) -> jax.Array:
         return to_uint8(x, self.levels)
 
 
@@ -114,16 +116,16 @@ class Latents:
             )
         return {"vae": variables["params"]}
 
-    def _autoencoder(self):
+    def _autoencoder(self) -> tuple:
         try:
             return sdvae.load(self.vae)
         except UserError as e:
             raise UserError(f"config.model.vae: {e}") from None
 
-    def _apply(self, frozen, x, method: str):
+    def _apply(self, frozen: PyTree, x: jax.Array, method: str) -> jax.Array:
         return self._autoencoder()[0].apply({"params": frozen["vae"]}, x, method=method)
 
-    def encode(self, frozen, image, key):
+    def encode(self, frozen: PyTree, image: jax.Array, key: jax.Array) -> jax.Array:
         channels = self.latent_shape[-1]
         if image.dtype == jnp.uint8:  # to [0, 1], not [-1, 1]: released networks depend on it
             pixels = image.astype(jnp.float32) / (self.levels - 1)
@@ -134,20 +136,20 @@ class Latents:
             return self.scaled(image)
         return self.scaled(mean + std * jax.random.normal(key, mean.shape))
 
-    def scaled(self, raw):
+    def scaled(self, raw: jax.Array) -> jax.Array:
         return raw * self.scale + self.bias
 
-    def store(self, x):
+    def store(self, x: jax.Array) -> jax.Array:
         return (x.astype(jnp.float32) - self.bias) / self.scale
 
-    def decode(self, frozen, x):
+    def decode(self, frozen: PyTree, x: jax.Array) -> jax.Array:
         """uint8; truncated at 256 levels, as released (with few levels that would darken: rounded)."""
         y = in_parts(lambda z: self._apply(frozen, z, "decode"), self.store(x), TOGETHER * jax.device_count())
         half = 0.0 if self.levels == 256 else 0.5
         return ((self.levels - 1) * jnp.clip(y, 0, 1) + half).astype(jnp.uint8)
 
 
-def in_parts(fn, x, rows: int):
+def in_parts(fn: Callable, x: jax.Array, rows: int) -> jax.Array:
     """fn(x), an array or several, with at most `rows` of the batch at a time; every device keeps its own rows."""
     rows = math.gcd(len(x), rows) if len(x) > rows else len(x)
     parts = len(x) // rows

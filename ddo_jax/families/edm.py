@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,13 +12,13 @@ from ddo_jax import convert
 from ddo_jax.convert import mlp
 from ddo_jax.core import augment as augmentation
 from ddo_jax.errors import UserError
-from ddo_jax.families.base import Family
+from ddo_jax.families.base import Draws, Examples, Family, PyTree
 from ddo_jax.families.codecs import Pixels
 from ddo_jax.families.diffusion import Diffusion
 from ddo_jax.models import edm as networks
 
 
-def released_arguments(model) -> dict:
+def released_arguments(model: Any) -> dict:
     """config.model -> the constructor arguments as a released file records them ("model_type", ...)."""
     given = {k: v for k, v in model.items() if k not in ("arch", "levels") and v is not None}
     return {"model_type": model["arch"], **given}
@@ -29,7 +30,7 @@ def model_config(arguments: dict) -> dict:
     return {"arch": arguments["model_type"], "levels": 256, "sigma_data": 0.5, "label_dim": 0, **kept}
 
 
-def build_network(model, remat: bool = False) -> networks.EDMPrecond:
+def build_network(model: Any, remat: bool = False) -> networks.EDMPrecond:
     """config.model (a mapping) -> EDMPrecond around the named architecture.
 
     Raises:
@@ -62,7 +63,7 @@ class EDM(Diffusion):
         """Of its files."""
         return "mlp" if self.model["arch"] == "mlp" else "edm"
 
-    def augment(self, examples, key):
+    def augment(self, examples: Examples, key: jax.Array) -> Examples:
         """EDM's pipeline (specs/edm.md section 13): the images are transformed, the network is told how."""
         if not self.augment_p:
             return examples
@@ -70,12 +71,12 @@ class EDM(Diffusion):
         images, labels = augmentation.augment(examples["x"], augmentation.draw(key, n, self.augment_p))
         return {**examples, "x": images, "augment": labels}
 
-    def score(self, params, frozen, examples, draws, **kwargs):
+    def score(self, params: PyTree, frozen: PyTree, examples: Examples, draws: Draws, **kwargs: Any) -> PyTree:
         x_in, c_noise, _ = self.inputs(examples, draws)
         told = examples.get("augment")
         return self.apply(self.module, params, frozen, x_in, c_noise, examples["label"], told, method="raw", **kwargs)
 
-    def imported(self, released):
+    def imported(self, released: Any) -> tuple[PyTree, PyTree]:
         if released.kind != self.kind:
             raise UserError(f"weights of kind {released.kind}; config.model.arch is {self.model['arch']!r}")
         try:
@@ -85,14 +86,14 @@ class EDM(Diffusion):
         variables = jax.tree.map(lambda v: np.asarray(v, np.float32), variables)  # float16 of averages rebuilt later
         return variables.pop("params"), variables
 
-    def export(self, params, frozen):
+    def export(self, params: PyTree, frozen: PyTree) -> tuple[dict, dict]:
         arguments = released_arguments(self.model)
         arrays = convert.to_torch(self.kind, arguments, {"params": params, **frozen})
         levels = {} if self.model["levels"] == 256 else {"ddo_jax_levels": str(self.model["levels"])}
         return arrays, {"ddo_jax_kind": self.kind, "ddo_jax_config": json.dumps(arguments), **levels}
 
 
-def configure(config, released) -> None:
+def configure(config: Any, released: Any) -> None:
     """Set config.model and config.sampler to those of a released EDM checkpoint (specs/edm.md section 11)."""
     config.model = ConfigDict(model_config(released.config))
     levels = str(released.extras.get("metadata", {}).get("ddo_jax_levels", 256))
@@ -104,7 +105,7 @@ def configure(config, released) -> None:
         config.sampler.update(num_steps=40 if resolution == 64 else 18)
 
 
-def make(config) -> Family:
+def make(config: Any) -> Family:
     """The family for `config.model` at `config.precision`.
 
     Raises:

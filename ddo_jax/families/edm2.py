@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 
 from ddo_jax import convert
 from ddo_jax.errors import UserError
-from ddo_jax.families.base import Family
+from ddo_jax.families.base import Draws, Examples, Family, PyTree
 from ddo_jax.families.codecs import Latents, Pixels
 from ddo_jax.families.diffusion import Diffusion
 from ddo_jax.models import edm2 as networks
@@ -21,12 +22,12 @@ SD_VAE = "sd-vae-ft-mse"
 OURS = ("arch", "levels", "vae", "image_size", "image_channels", "latent_mean", "latent_std")  # not the network's
 
 
-def released_arguments(model) -> dict:
+def released_arguments(model: Any) -> dict:
     """config.model -> the constructor arguments as a released file records them."""
     return {k: v for k, v in model.items() if k not in OURS}
 
 
-def build_codec(model) -> Pixels | Latents:
+def build_codec(model: Any) -> Pixels | Latents:
     """How records become x: config.model.vae names the autoencoder of a latent model, "" means pixels."""
     side, channels = model["img_resolution"], model["img_channels"]
     if not model.get("vae"):
@@ -49,7 +50,7 @@ class EDM2(Diffusion):
     name = "edm2"
     heun_grid = "float32"
 
-    def mle_loss(self, params, frozen, examples, draws, key):
+    def mle_loss(self, params: PyTree, frozen: PyTree, examples: Examples, draws: Draws, key: jax.Array) -> jax.Array:
         """Uncertainty-weighted: |F - F_hat|^2 / exp(logvar) + CHW logvar, summed over elements (section 8)."""
         nll = super().mle_loss(params, frozen, examples, draws, key)
         variables = {"params": params, **{k: v for k, v in frozen.items() if k != "vae"}}
@@ -57,11 +58,11 @@ class EDM2(Diffusion):
             logvar = self.module.apply(variables, draws["sigma"], method="logvar").reshape(-1)
         return nll / jnp.exp(logvar) + float(np.prod(self.shape)) * logvar
 
-    def project(self, params, objective):
+    def project(self, params: PyTree, objective: str) -> PyTree:
         """Forced weight normalisation; the logvar head is executed in pre-training only (section 2)."""
         return networks.project(params, logvar=objective == "mle")
 
-    def imported(self, released):
+    def imported(self, released: Any) -> tuple[PyTree, PyTree]:
         if released.kind != "edm2":
             raise UserError(f"weights of kind {released.kind}; config.family is 'edm2'")
         try:
@@ -72,7 +73,7 @@ class EDM2(Diffusion):
         variables = jax.tree.map(lambda v: np.asarray(v, np.float32), variables)
         return variables.pop("params"), variables
 
-    def export(self, params, frozen):
+    def export(self, params: PyTree, frozen: PyTree) -> tuple[dict, dict]:
         arguments = released_arguments(self.model)
         buffers = {k: v for k, v in frozen.items() if k != "vae"}
         arrays = convert.to_torch("edm2", arguments, {"params": params, **buffers})
@@ -82,7 +83,7 @@ class EDM2(Diffusion):
         return arrays, metadata
 
 
-def configure(config, released) -> None:
+def configure(config: Any, released: Any) -> None:
     """Set config.model and config.sampler to those of a released EDM2 checkpoint.
 
     The encoder's constants come from the file; one without them is taken for ImageNet-512's if it has 4 channels.
@@ -115,7 +116,7 @@ def _encoder(extras: dict, channels: int) -> dict:
     return {"vae": SD_VAE, "latent_std": (FINAL_STD / scale).tolist(), "latent_mean": (-bias / scale).tolist()}
 
 
-def make(config) -> Family:
+def make(config: Any) -> Family:
     """The family for `config.model` at `config.precision`.
 
     Raises:

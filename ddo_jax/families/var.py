@@ -19,7 +19,18 @@ from ddo_jax import convert
 from ddo_jax.convert import vqvae
 from ddo_jax.core import ar
 from ddo_jax.errors import UserError
-from ddo_jax.families.base import HALF, VAR_SAMPLER, Family, Guidance, Records, Spec, own_settings
+from ddo_jax.families.base import (
+    HALF,
+    VAR_SAMPLER,
+    Draws,
+    Examples,
+    Family,
+    Guidance,
+    PyTree,
+    Records,
+    Spec,
+    own_settings,
+)
 from ddo_jax.families.codecs import in_parts, to_unit
 from ddo_jax.models import var as networks
 from ddo_jax.models.vqvae import VQVAE
@@ -55,7 +66,7 @@ class VARSettings(NamedTuple):
         return {"solver": self.solver, **{k: v for k, v in self._asdict().items() if k != "scales"}}
 
 
-def released_arguments(model) -> dict:
+def released_arguments(model: Any) -> dict:
     """config.model -> the arguments of the transformer."""
     return {**{k: v for k, v in model.items() if k not in OURS}, "num_classes": model["label_dim"]}
 
@@ -105,11 +116,11 @@ class VARFamily(Family):
         )
 
     @property
-    def objectives(self):
+    def objectives(self) -> tuple[str, ...]:
         return ("ddo", "mle", "cca")
 
     @property
-    def compiler_options(self):
+    def compiler_options(self) -> dict:
         return {} if self.module.dtype is None else {"xla_allow_excess_precision": False}
 
     # -- the tokenizer ---------------------------------------------------------------------------------------
@@ -143,17 +154,17 @@ class VARFamily(Family):
         x = jax.ShapeDtypeStruct((1, module.image_size, module.image_size, module.in_channels), np.float32)
         return {"vqvae": jax.eval_shape(module.init, jax.random.key(0), x)["params"]}
 
-    def tokenizer(self, frozen, *args, method: str):
+    def tokenizer(self, frozen: PyTree, *args: Any, method: str) -> Any:
         """A method of the VQ-VAE, in float32 at `precision`."""
         module = tokenizer_module(self.model["vae"], self.module)
         with jax.default_matmul_precision(self.precision):
             return module.apply({"params": frozen["vqvae"]}, *args, method=method)
 
-    def tokens_of(self, frozen, pixels):
+    def tokens_of(self, frozen: PyTree, pixels: jax.Array) -> jax.Array:
         """Tokens [B,L] of float pixels [B,H,W,C] in [-1, 1]."""
         return in_parts(lambda x: self.tokenizer(frozen, x, method="tokens"), pixels, TOGETHER * jax.device_count())
 
-    def pixels_of(self, frozen, examples):
+    def pixels_of(self, frozen: PyTree, examples: Examples) -> jax.Array:
         """Decoded images [B,H,W,C] in [-1, 1]."""
         f_hat = examples.get("f_hat")
         if f_hat is None:
@@ -162,32 +173,32 @@ class VARFamily(Family):
 
     # -- the seam (families/base.py) -------------------------------------------------------------------------
 
-    def init(self, key):
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         maps = jnp.zeros((1, self.module.length - self.module.spans[0][1], self.module.z_channels))
         return self.module.init(key, jnp.zeros((1,), jnp.int32), maps)["params"], {}
 
-    def encode(self, frozen, record, key):
+    def encode(self, frozen: PyTree, record: dict, key: jax.Array) -> Examples:
         tokens = record["image"]
         if tokens.ndim == 4:
             tokens = self.tokens_of(frozen, to_unit(tokens, self.model["levels"]))
         return {"tokens": tokens.astype(jnp.int32), "label": record["label"]}
 
-    def decode(self, frozen, examples):
+    def decode(self, frozen: PyTree, examples: Examples) -> jax.Array:
         """uint8; truncated at 256 levels, as released (with few levels that would darken: rounded)."""
         levels = self.model["levels"]
         half = 0.0 if levels == 256 else 0.5
         return ((levels - 1) * (self.pixels_of(frozen, examples) + 1) / 2 + half).astype(jnp.uint8)
 
-    def store(self, frozen, examples):
+    def store(self, frozen: PyTree, examples: Examples) -> dict:
         return {"image": examples["tokens"], "label": examples["label"]}
 
-    def draw(self, key, n, sigma_law):
+    def draw(self, key: jax.Array, n: int, sigma_law: tuple) -> Draws:
         return {"dropped": jax.random.bernoulli(key, self.model["cond_drop_rate"], (n,))}
 
-    def version(self, draws):
+    def version(self, draws: Draws) -> jax.Array:
         return draws["dropped"].astype(jnp.int32)
 
-    def score(self, params, frozen, examples, draws, **kwargs):
+    def score(self, params: PyTree, frozen: PyTree, examples: Examples, draws: Draws, **kwargs: Any) -> PyTree:
         """log p [B] of the tokens given the label, or given none where it is dropped."""
         maps = self.tokenizer(frozen, examples["tokens"], method="var_input")
         labels = jnp.where(draws["dropped"], self.module.num_classes, examples["label"])
@@ -195,13 +206,15 @@ class VARFamily(Family):
             logits: Any = self.module.apply({"params": params}, labels, maps, **kwargs)
         return ar.ar_logp(logits, examples["tokens"])
 
-    def ratio(self, s, s_ref, examples, draws):
+    def ratio(self, s: PyTree, s_ref: PyTree, examples: Examples, draws: Draws) -> jax.Array:
         return s - s_ref
 
-    def nll(self, s, examples, draws):
+    def nll(self, s: PyTree, examples: Examples, draws: Draws) -> jax.Array:
         return -s
 
-    def pair_loss(self, objective, r, logp_real, labels, draws, alpha, beta):
+    def pair_loss(
+        self, objective: str, r: jax.Array, logp_real: jax.Array, labels: jax.Array, draws: Draws, alpha: Any, beta: Any
+    ) -> tuple[jax.Array, dict]:
         dropped = draws["dropped"]
         if objective == "cca":
             positive = dropped | (labels[:, 0] == labels[:, 1])
@@ -216,15 +229,17 @@ class VARFamily(Family):
             dropped_row_loss=self.dropped_row_loss,
         )
 
-    def mle_loss(self, params, frozen, examples, draws, key):
+    def mle_loss(self, params: PyTree, frozen: PyTree, examples: Examples, draws: Draws, key: jax.Array) -> jax.Array:
         """Cross-entropy a token: its mean over the L tokens, as the base model was trained (section 4.5)."""
         logp = self.score(params, frozen, examples, draws, train=True, rngs={"dropout": key})
         return -logp / self.module.length
 
-    def decays(self, params):
+    def decays(self, params: PyTree) -> PyTree:
         return networks.decay_mask(params)
 
-    def sample(self, nets, frozen, labels, latents, noise, settings):
+    def sample(
+        self, nets: tuple, frozen: PyTree, labels: jax.Array, latents: Any, noise: Any, settings: Any
+    ) -> Examples:
         params, guide = nets
         how = networks.SampleSettings(*settings[:4])
         if guide is not None:
@@ -233,7 +248,7 @@ class VARFamily(Family):
         codes = jnp.arange(self.module.vocab_size)
         codebook = self.tokenizer(frozen, codes, method="embed")
 
-        def accumulate(s, h, f_hat):
+        def accumulate(s: PyTree, h: jax.Array, f_hat: jax.Array) -> Any:
             return self.tokenizer(frozen, s, h, f_hat, method="step")
 
         with jax.default_matmul_precision(self.precision):
@@ -243,7 +258,7 @@ class VARFamily(Family):
             return examples
         return {"tokens": self.tokens_of(frozen, self.pixels_of(frozen, examples)), "label": labels}
 
-    def settings(self, sampler):
+    def settings(self, sampler: Any) -> Any:
         """config.sampler -> VARSettings.
 
         Raises:
@@ -257,10 +272,10 @@ class VARFamily(Family):
             raise UserError(f"config.sampler: {given}; allowed: top_k from 0 on, top_p in [0, 1]")
         return settings
 
-    def fake_settings(self, settings):
+    def fake_settings(self, settings: Any) -> Any:
         return VARSettings(reencode=self.reencode, scales=settings.scales)
 
-    def imported(self, released):
+    def imported(self, released: Any) -> tuple[PyTree, PyTree]:
         if released.kind != "var":
             raise UserError(f"weights of kind {released.kind}; config.family is 'var'")
         try:
@@ -269,17 +284,17 @@ class VARFamily(Family):
             raise UserError(f"the weights do not fit config.model: {e}") from None
         return jax.tree.map(lambda v: np.asarray(v, np.float32), variables["params"]), {}
 
-    def export(self, params, frozen):
+    def export(self, params: PyTree, frozen: PyTree) -> tuple[dict, dict]:
         arguments = released_arguments(self.model)
         ours = {k: self.model[k] for k in OURS if k in self.model}
         metadata = {"ddo_jax_config": json.dumps(arguments), "ddo_jax_tokenizer": json.dumps(ours)}
         return convert.to_torch("var", arguments, {"params": params}), {"ddo_jax_kind": "var", **metadata}
 
-    def passes(self, settings):
+    def passes(self, settings: Any) -> int:
         return 2 if settings.cfg else 1  # cached: all scales together are one pass over L tokens
 
 
-def configure(config, released) -> None:
+def configure(config: Any, released: Any) -> None:
     """Set config.model and config.sampler to those of a released VAR: the released tokenizer, no guidance, no filters.
 
     Raises:
@@ -299,7 +314,7 @@ def configure(config, released) -> None:
     config.sampler.update(VAR_SAMPLER)
 
 
-def make(config) -> Family:
+def make(config: Any) -> Family:
     """The family for `config.model`.
 
     Raises:
