@@ -205,9 +205,11 @@ def load_networks(args: argparse.Namespace, wanted: list[str]) -> dict:
         features.check(name, weights)
     networks = {}
     for owner, (name, weights) in asked.items():
-        train = sources.open_source("digits", "train", args.data_dir) if name == "digits" else None
-        cache = str(references.cache_dir()) if name == "digits" else None
-        networks[owner] = features.get_features(name, train, cache, weights)
+        fit = None
+        if name in features.FITTED:
+            train, test = (sources.open_source("digits", split, args.data_dir) for split in ("train", "test"))
+            fit = features.Fit(train, test, references.LEVELS["digits"], references.cache_dir() / "features-digits.npz")
+        networks[owner] = features.get_features(name, fit, weights)
     return networks
 
 

@@ -103,6 +103,7 @@ class Evaluator:
             **images.made,
             references={name: reference.about for name, reference in self.references.items()} or None,
             features={kind: f"{n.name} {n.digest}" for kind, n in kinds.items()},
+            accuracy={kind: n.accuracy for kind, n in kinds.items() if n.accuracy} or None,
             resize={kind: n.resize for kind, n in kinds.items()},
             scale={kind: n.scale for kind, n in kinds.items()},
             feature_precision="float32, highest; statistics float64",

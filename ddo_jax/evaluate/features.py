@@ -2,7 +2,7 @@
 
 inception   FID-Inception of December 2015, 2048 features: FID, sFID, IS, precision and recall, KID
 dinov2      DINOv2 ViT-L/14, 1024 features: FD-DINOv2
-digits      a classifier fitted on the training split of the digits
+classifier  a small network fitted on the training split of the data (`classifier`); of the digits it is called "digits"
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from ddo_jax import convert, files, npz, sharding
 from ddo_jax.convert import names
 from ddo_jax.convert.inert import UnsafeOrDamaged
 from ddo_jax.errors import UserError
+from ddo_jax.evaluate import classifier
 from ddo_jax.evaluate.records import named
 
 Vectors = dict[str, np.ndarray]
@@ -34,7 +35,8 @@ class FeatureNet:
       apply: uint8 [N, H, W, C] -> float32 NumPy: "features" [N, D]; where the network has them "class_logits"
         [N, K] (of the data's own classes), "logits" [N, 1008] (of the Inception Score), "spatial" [N, 2023].
       kind: of NETWORKS. levels: grey levels that it takes. resize: what it does to images, in words.
-      fitted: trained here, small: nothing that it says is worth keeping for another run.
+      fitted: trained here, small: nothing that it says is worth keeping for another run. accuracy: then, in words, on
+        images that it was not fitted on.
     """
 
     name: str
@@ -46,6 +48,7 @@ class FeatureNet:
     levels: int = 256
     resize: str = "none"
     fitted: bool = False
+    accuracy: str | None = None
 
     @property
     def chunk(self) -> int:
@@ -80,21 +83,21 @@ def _rgb(images: np.ndarray) -> np.ndarray:
     return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
-def _grey(images: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """One channel of grey images that a file holds in three, as the .npz for OpenAI's evaluator does.
+def _as_shape(images: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+    """Images as the classifier takes them: one channel of grey ones that a file holds in three, as the .npz for
+    OpenAI's evaluator does.
 
     Raises:
-      UserError: colours, or another size than `shape`.
+      UserError: colours where it knows grey, or another size than `shape`.
     """
-    if images.shape[1:3] != shape[:2] or images.shape[3] not in (1, 3):
+    allowed = {shape[2], 3} if shape[2] == 1 else {shape[2]}
+    if images.shape[1:3] != shape[:2] or images.shape[3] not in allowed:
         sizes = ["x".join(map(str, s)) for s in (shape, images.shape[1:])]
-        raise UserError(
-            f"digits classifier, 32 features: takes images of {sizes[0]}, and these have {sizes[1]}; set --network"
-        )
-    if images.shape[-1] != 3:
+        raise UserError(f"{name}: takes images of {sizes[0]}, and these have {sizes[1]}; set --network")
+    if images.shape[3] == shape[2]:
         return images
     if not (images == images[..., :1]).all():
-        raise UserError("digits classifier, 32 features: takes grey images, and these have colours; set --network")
+        raise UserError(f"{name}: takes grey images, and these have colours; set --network")
     return images[..., :1]
 
 
@@ -159,60 +162,119 @@ def _dinov2(weights: str | None) -> FeatureNet:
     )
 
 
-def _fitted(train: Any, path: epath.Path, expected: str | None) -> Any:
-    """The layers of the digits classifier: those of its file, or, where this is damaged or another one, made again.
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What a classifier is fitted on, and where it is kept.
+
+    Attributes:
+      train: source of the training split. holdout: of images that tell its accuracy; None: every tenth of `train`, left
+        out of the fitting. levels: grey levels. path: its file. expected: its digest, where a run has begun with it.
+    """
+
+    train: Any
+    holdout: Any
+    levels: int
+    path: epath.Path
+    expected: str | None = None
+
+    @property
+    def design(self) -> classifier.Design:
+        return classifier.Design(tuple(self.train.image_shape), self.levels, self.train.num_classes)
+
+    def layers(self) -> Any:
+        """Fitted now; deterministic on one device."""
+        real = self.train.read(classifier.rows_to_fit(len(self.train), self.holdout is not None))
+        return classifier.train(real["image"], real["label"], self.design).layers
+
+    def accuracy(self, layers: Any) -> str:
+        """Its accuracy, in words."""
+        if self.holdout is None:
+            rows, name = (
+                np.arange(classifier.TENTH - 1, len(self.train), classifier.TENTH),
+                "every tenth training image",
+            )
+            source = self.train
+        else:
+            rows, name, source = np.arange(len(self.holdout)), self.holdout.name, self.holdout
+        if not len(rows):
+            return "not known: fewer than ten images"
+        real = source.read(rows[: classifier.MOST])
+        value = classifier.accuracy(layers, real["image"], real["label"], self.design)
+        return f"{value:.3f} on {len(real['image'])} images ({name})"
+
+
+def _kept(fit: Fit) -> tuple[Any, str]:
+    """(layers of the classifier's file or None, what is wrong with it)."""
+    content = files.kept(fit.path)
+    if content is None:
+        return None, ""
+    try:
+        arrays = npz.read(content)
+        layers = tuple((arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(len(arrays) // 2))
+        classifier.check(layers, fit.design)
+    except (ValueError, KeyError) as e:
+        return None, f"damaged ({e})"
+    if fit.expected not in (None, classifier.Classifier(layers).digest):
+        return None, "not the network that this run is judged by"
+    return layers, ""
+
+
+def _fitted(fit: Fit) -> Any:
+    """The layers of the classifier: those of its file, or, where this is damaged or another one, made again.
 
     Raises:
       UserError: made again, it is not the one that the run began with.
     """
-    from ddo_jax.evaluate import digits
-
-    content, problem, layers = files.kept(path), "", None
-    if content is not None:
-        try:
-            arrays = npz.read(content)
-            layers = tuple((arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(len(arrays) // 2))
-            digits.check(layers, train)
-        except (ValueError, KeyError) as e:
-            problem, layers = f"damaged ({e})", None
-    if layers and expected not in (None, digits.Classifier(layers).digest):
-        problem, layers = "not the network that this run is judged by", None
+    layers, problem = _kept(fit)
     if layers is not None:
         return layers
     if problem:
-        print(f"warning: {path}: {problem}: made again", file=sys.stderr)
-    real = train.read(np.arange(len(train)))
-    layers = digits.train(real["image"], real["label"], train.num_classes).layers
-    now = digits.Classifier(layers).digest
-    if expected not in (None, now):
+        print(f"warning: {fit.path}: {problem}: made again", file=sys.stderr)
+    layers = fit.layers()
+    now = classifier.Classifier(layers).digest
+    if fit.expected not in (None, now):
         raise UserError(
-            f"{path}: {problem or 'missing'}, and made again on this device it is another network ({expected} -> "
-            f"{now}): scores could not be compared; put back a copy of the file, or take another --workdir"
+            f"{fit.path}: {problem or 'missing'}, and made again on this device it is another network "
+            f"({fit.expected} -> {now}): scores could not be compared; put back a copy of the file, or take another "
+            "--workdir"
         )
     buffer = io.BytesIO()
     saved: dict[str, Any] = {
         f"{kind}{i}": x for i, layer in enumerate(layers) for kind, x in zip("wb", layer, strict=True)
     }
     np.savez(buffer, **saved)
-    files.keep(path, buffer.getvalue(), "the classifier of digits")
+    files.keep(fit.path, buffer.getvalue(), f"the classifier of {fit.train.name}")
     return layers
 
 
-def _digits(train: Any, cache: epath.Path, expected: str | None) -> FeatureNet:
-    from ddo_jax.evaluate import digits
+def _classifier(kind: str, fit: Fit) -> FeatureNet:
+    if problem := fit.design.problem():
+        raise UserError(f"config.eval.network: {kind!r}: {problem}; set another one")
+    layers, design = _fitted(fit), fit.design
+    name = f"{'digits ' if kind == 'digits' else ''}classifier, {design.features} features"
 
-    layers = _fitted(train, epath.Path(cache) / "features-digits.npz", expected)
-
-    def apply(images: Any) -> Vectors:
-        features, logits = digits.features_and_logits(layers, _grey(images, train.image_shape))
+    def apply(images: np.ndarray) -> Vectors:
+        taken = _as_shape(images, design.shape, name)
+        features, logits = classifier.features_and_logits(layers, taken, design)
         return {"features": np.asarray(features), "class_logits": np.asarray(logits)}
 
-    name, digest = "digits classifier, 32 features", digits.Classifier(layers).digest
-    return FeatureNet(name, digest, "fd_x100", 100.0, apply, kind="digits", levels=17, fitted=True)
+    return FeatureNet(
+        name,
+        classifier.Classifier(layers).digest,
+        "fd_x100",
+        100.0,
+        apply,
+        kind=kind,
+        levels=fit.levels,
+        resize="none" if design.factor == 1 else f"mean of {design.factor} x {design.factor}",
+        fitted=True,
+        accuracy=fit.accuracy(layers),
+    )
 
 
 RELEASED = {"inception": _inception, "dinov2": _dinov2}
-NETWORKS = ("digits", *RELEASED)
+FITTED = ("digits", "classifier")
+NETWORKS = (*FITTED, *RELEASED)
 DEFAULT_WEIGHTS = {"inception": "inception-2015-12-05", "dinov2": "dinov2-vitl14"}
 
 
@@ -236,22 +298,17 @@ def check(name: str, weights: str | None) -> None:
     file_of(name, weights)
 
 
-def get_features(
-    name: str,
-    train: Any = None,
-    cache: epath.PathLike | None = None,
-    weights: str | None = None,
-    expected: str | None = None,
-) -> FeatureNet:
+def get_features(name: str, fit: Fit | None = None, weights: str | None = None) -> FeatureNet:
     """The feature network `name`.
 
     Args:
-      name: of NETWORKS. train, cache: source of the training split and folder for fitted weights ("digits").
-      weights: WHAT of the network's file; None: its known name. expected: digest of fitted weights, where a run has
-        begun with them.
+      name: of NETWORKS. fit: of those of FITTED. weights: WHAT of the network's file; None: its known name.
 
     Raises:
       UserError: unknown name, or weights that are absent or do not fit.
     """
     check(name, weights)
-    return _digits(train, cache, expected) if name == "digits" else RELEASED[name](weights)
+    if name not in FITTED:
+        return RELEASED[name](weights)
+    assert fit is not None
+    return _classifier(name, fit)

@@ -64,6 +64,7 @@ class Protocol:
       weights: digest of its parameters. ema: the average they are. seeds: as ranges. purpose: "select" or "report".
       sampler, nfe, guidance, rng, dtype, precision: how they were sampled.
       references: {name: what they were compared with}; the first counts. features, resize, scale: {network: ...}.
+      accuracy: {network: in words}, of those that were fitted here, on images that they had not seen.
       feature_precision, covariance: of the arithmetic. metrics: {metric: its settings}. real: for pr and kid.
       time, commit, jax, flax, device: of the making.
     """
@@ -90,6 +91,7 @@ class Protocol:
     precision: str | None = None
     references: dict | None = None
     features: dict | None = None
+    accuracy: dict | None = None
     resize: dict | None = None
     scale: dict | None = None
     feature_precision: str | None = None

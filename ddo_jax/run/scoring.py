@@ -80,16 +80,21 @@ def scoring_inputs(config) -> dict[str, str]:
     return found
 
 
-def feature_network(name: str, weights: str | None, workdir: epath.Path, data) -> features.FeatureNet:
+def feature_network(name: str, weights: str | None, config, workdir: epath.Path, reals: dict) -> features.FeatureNet:
     """A network that judges all candidates of the run, the same one at every start.
+
+    Args:
+      reals: {"train": source, config.data.holdout: source}.
 
     Raises:
       UserError: its file is damaged, and what is made again differs.
     """
-    if name != "digits":  # the digest of its file is among the run's inputs
-        return features.get_features(name, data, workdir, weights)
+    if name not in features.FITTED:  # the digest of its file is among the run's inputs
+        return features.get_features(name, weights=weights)
     recorded = workdirs.recorded_inputs(workdir).get("features", "").removeprefix(f"{name} ") or None
-    network = features.get_features(name, data, workdir, expected=recorded)
+    path = workdir / f"features-{name}.npz"
+    fit = features.Fit(reals["train"], reals.get(config.data.holdout), config.model.levels, path, recorded)
+    network = features.get_features(name, fit)
     workdirs.check_inputs(workdir, {"features": f"{name} {network.digest}"})
     return network
 
@@ -100,14 +105,15 @@ def open_evaluator(config, workdir: epath.Path, family: Family, data) -> Evaluat
     Statistics of a file (`config.eval.reference`) take the place of the training set's; held-out images are a second
     reference.
     """
-    networks = {
-        owner: feature_network(name, weights, workdir, data) for owner, (name, weights) in networks_of(config).items()
-    }
-    wanted, found = report_metrics(config), {}
-    lengths = collect.probe(networks, wanted, family.spec.image_shape)
     reals = {"train": data}
     if config.data.holdout:
         reals[config.data.holdout] = sources.of_config(config, config.data.holdout)
+    networks = {
+        owner: feature_network(name, weights, config, workdir, reals)
+        for owner, (name, weights) in networks_of(config).items()
+    }
+    wanted, found = report_metrics(config), {}
+    lengths = collect.probe(networks, wanted, family.spec.image_shape)
     for name, source in reals.items():
         if name == "train" and config.eval.reference:
             path = names.resolve(config.eval.reference)

@@ -187,7 +187,9 @@ def test_digits_network(tmp_path, capsys):
         assert "takes grey images, and these have colours" in capsys.readouterr().err
         with pytest.raises(SystemExit):
             command.main(["--images=set", "--ref=digits", "--network=digits"])
-        net = features.get_features("digits", sources.open_source("digits", "train"), references.cache_dir())
+        train, test = (sources.open_source("digits", split) for split in ("train", "test"))
+        fit = features.Fit(train, test, 17, references.cache_dir() / "features-digits.npz")
+        net = features.get_features("digits", fit)
     assert "takes images of 8x8x1, and these have 16x16x3; set --network" in capsys.readouterr().err
     record, three = lines()
     assert record["fd_x100"] == three["fd_x100"]

@@ -65,12 +65,12 @@ def damage(path, how: str) -> None:
 
 MADE_AGAIN = [
     ("rounds/001/start/result.json", "digit"),
-    ("rounds/001/a4_b0.1/result.json", "digit"),
-    ("rounds/001/pool/result.json", "half"),
+    pytest.param(*("rounds/001/a4_b0.1/result.json", "digit"), marks=pytest.mark.slow),
+    pytest.param(*("rounds/001/pool/result.json", "half"), marks=pytest.mark.slow),
     ("rounds/001/pool/chunk-00001.npz", "gone"),
     ("features-digits.npz", "half"),
     ("pretrain/result.json", "empty"),
-    ("pretrain/metrics.jsonl", "digit"),
+    pytest.param(*("pretrain/metrics.jsonl", "digit"), marks=pytest.mark.slow),
 ]
 
 

@@ -20,7 +20,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
 from ddo_jax import sharding
 from ddo_jax.data.sources import ArraySource
-from ddo_jax.evaluate import digits, image_sets, references
+from ddo_jax.evaluate import classifier, image_sets, references
 from ddo_jax.evaluate.evaluator import Evaluator, Images
 from ddo_jax.evaluate.features import FeatureNet
 from ddo_jax.families import get_family
@@ -56,7 +56,7 @@ if sys.argv[1] == "edm2":
 weights = [(rng.normal(size=s).astype(np.float32), np.zeros(s[1], np.float32)) for s in ((64, 32), (32, 10))]
 
 def apply(x):
-    f, logits = digits.features_and_logits(tuple(weights), x)
+    f, logits = classifier.features_and_logits(tuple(weights), x, classifier.Design((8, 8, 1), 17, 10))
     return {"features": np.asarray(f), "class_logits": np.asarray(logits)}
 
 network = FeatureNet("random", "0", "fd", 1.0, apply, levels=17, fitted=True)

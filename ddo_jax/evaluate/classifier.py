@@ -1,0 +1,169 @@
+"""A feature network for any labelled images: a small classifier, fitted on the training split when a run starts.
+
+FID's Inception network knows nothing of 8x8 digits or of one's own pictures, and its weights are a download. This one
+is fitted in seconds; its last hidden layer takes the place of Inception's 2048 features. Its seed is fixed: all runs,
+candidates and the control are judged by the same network. Its accuracy on images that it has not seen stands in the
+protocol: features of a network that cannot tell the classes apart say little.
+
+Matrix products only, since convolutions are slow on XLA's CPU backend:
+
+    x in [-1, 1] -> tanh(Dense 128) -> tanh(Dense 32) -> Dense K       up to 64 numbers an image: the digits, 98 %
+                    tanh(Dense 256) -> tanh(Dense 64) -> Dense K       above; over 32 pixels a side: averaged first
+"""
+
+import dataclasses
+import functools
+import math
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+SEED = 0
+BATCH = 128
+SMALL = 64  # numbers in an image
+LARGEST, SIDE = 64, 32  # pixels a side: that are taken, that the network sees
+MOST = 2**16  # images that it is fitted on
+TENTH = 10  # without a held-out split every tenth image is left out
+
+
+@dataclasses.dataclass(frozen=True)
+class Design:
+    """What a classifier is for: images (H, W, C) of so many grey levels, so many classes."""
+
+    shape: tuple[int, ...]
+    levels: int
+    num_classes: int
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side that are averaged into one."""
+        return 1 if self.shape[0] <= SIDE else -(-self.shape[0] // SIDE)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the layers, input and output included."""
+        h, w, channels = self.shape
+        inputs = (h // self.factor) * (w // self.factor) * channels
+        hidden = (128, 32) if inputs <= SMALL else (256, 64)
+        return (inputs, *hidden, self.num_classes)
+
+    @property
+    def features(self) -> int:
+        return self.sizes[-2]
+
+    @property
+    def steps(self) -> int:
+        return 1500 if self.sizes[0] <= SMALL else 3000
+
+    def problem(self) -> str | None:
+        """Why there is no such classifier, or None."""
+        h, w, channels = self.shape
+        if h != w or not 8 <= h <= LARGEST or channels not in (1, 3) or h % self.factor:
+            return f"images of {'x'.join(map(str, self.shape))}; allowed: 8x8 to {LARGEST}x{LARGEST}, 1 or 3 channels"
+        if self.num_classes < 2:
+            return f"{self.num_classes} classes; a classifier needs labels of at least 2"
+        return None
+
+
+class Classifier(NamedTuple):
+    """Weights and biases, layer by layer."""
+
+    layers: tuple[tuple[np.ndarray, np.ndarray], ...]
+
+    @property
+    def digest(self) -> str:
+        """CRC-32 of the weights, eight hex digits."""
+        return f"{zlib.crc32(b''.join(x.tobytes() for layer in self.layers for x in layer)):08x}"
+
+
+def _inputs(images: jax.Array, design: Design) -> jax.Array:
+    """[N, H, W, C] of levels -> float32 [N, D] of levels, averaged where the design says so."""
+    n, (h, w, channels), k = len(images), design.shape, design.factor
+    x = images.astype(jnp.float32)
+    if k > 1:
+        x = x.reshape(n, h // k, k, w // k, k, channels).mean((2, 4))
+    return x.reshape(n, -1)
+
+
+def _forward(layers: Any, x: jax.Array, design: Design) -> tuple[jax.Array, jax.Array]:
+    """Of `_inputs` -> features [N, D] (after tanh, so bounded), logits [N, K]."""
+    x = x / ((design.levels - 1) / 2) - 1
+    *hidden, (w_out, b_out) = layers
+    for weight, bias in hidden:
+        x = jnp.tanh(jnp.dot(x, weight, precision="highest") + bias[None])
+    return x, jnp.dot(x, w_out, precision="highest") + b_out[None]
+
+
+def train(images: np.ndarray, labels: np.ndarray, design: Design) -> Classifier:
+    """Fit on uint8 [N, H, W, C], int32 [N]; deterministic."""
+    sizes = design.sizes
+    keys = jax.random.split(jax.random.key(SEED), len(sizes))
+    layers = tuple(
+        (jax.random.normal(k, (m, n)) / np.sqrt(m), jnp.zeros((n,)))
+        for k, m, n in zip(keys[:-1], sizes[:-1], sizes[1:], strict=True)
+    )
+    schedule = optax.cosine_decay_schedule(3e-3, design.steps)
+    tx = optax.adamw(schedule, weight_decay=1e-2)
+    pixels, classes = jnp.asarray(images), jnp.asarray(labels)
+    blur = (design.levels - 1) / 16  # one level of 17: features less sharp than the classes
+
+    def step(carry: tuple, key: jax.Array) -> tuple:
+        layers, opt_state = carry
+        key_rows, key_noise = jax.random.split(key)
+        rows = jax.random.randint(key_rows, (BATCH,), 0, len(classes))
+        x = _inputs(pixels[rows], design)
+        x = x + blur * jax.random.normal(key_noise, x.shape)
+
+        def loss(layers: Any) -> jax.Array:
+            logits = _forward(layers, x, design)[1]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, classes[rows]).mean()
+
+        updates, opt_state = tx.update(jax.grad(loss)(layers), opt_state, layers)
+        return (optax.apply_updates(layers, updates), opt_state), None
+
+    run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys)[0][0])
+    with jax.disable_jit(False):  # who debugs a run under JAX_DISABLE_JIT waits for its steps, not for these
+        fitted = run((layers, tx.init(layers)), jax.random.split(keys[-1], design.steps))
+    return Classifier(jax.tree.map(np.asarray, fitted))
+
+
+def rows_to_fit(n: int, whole: bool) -> np.ndarray:
+    """Which of n training images: all, or (where no split is held out) all but every tenth; at most MOST, evenly.
+
+    >>> rows_to_fit(12, whole=False)
+    array([ 0,  1,  2,  3,  4,  5,  6,  7,  8, 10, 11])
+    """
+    rows = np.arange(n)
+    rows = rows if whole else rows[rows % TENTH != TENTH - 1]
+    return rows if len(rows) <= MOST else rows[np.linspace(0, len(rows) - 1, MOST).astype(int)]
+
+
+def check(layers: Any, design: Design) -> None:
+    """Refuse layers that are none of this classifier's.
+
+    Raises:
+      ValueError: another number of layers, other shapes or dtypes, or values that are not finite.
+    """
+    sizes = design.sizes
+    wanted = [((m, n), (n,)) for m, n in zip(sizes[:-1], sizes[1:], strict=True)]
+    if [tuple(x.shape for x in layer) for layer in layers] != wanted:
+        raise ValueError("its arrays have other shapes")
+    if not all(x.dtype == np.float32 and np.isfinite(x).all() for layer in layers for x in layer):
+        raise ValueError("its arrays are not finite float32")
+
+
+@functools.partial(jax.jit, static_argnames="design")
+def features_and_logits(layers: Any, images: jax.Array, design: Design) -> tuple[jax.Array, jax.Array]:
+    """Of uint8 [N, H, W, C]."""
+    return _forward(layers, _inputs(images, design), design)
+
+
+def accuracy(layers: Any, images: np.ndarray, labels: np.ndarray, design: Design) -> float:
+    """Share of images [N, H, W, C] that are put into their own class."""
+    parts = math.ceil(len(images) / 4096)
+    said = [np.asarray(features_and_logits(layers, x, design)[1]) for x in np.array_split(images, parts)]
+    return float(np.mean(np.argmax(np.concatenate(said), 1) == labels))
