@@ -3,6 +3,7 @@
     digits            scikit-learn's 8x8 digits, prepared on first use
     zip:PATH          EDM's format: PNGs (EDM2: or .npy latents) and dataset.json, or subfolders    (or just PATH.zip)
     folder:PATH       images or latents; one subfolder a class, or dataset.json                     (or just PATH)
+    idx:DIR           MNIST's format, plain or gzip: MNIST, Fashion-MNIST                            (see `idx`)
     tfds:NAME         a prepared TFDS set: cifar10, imagenet_resized/64x64, the path of a set
 
 Latents are the posterior of a VAE, mean then standard deviation (see `latents`), as float32 [H, W, 2 C].
@@ -28,7 +29,7 @@ from etils import epath
 from tqdm import tqdm
 
 from ddo_jax import files
-from ddo_jax.data import archives, catalogue, crops, images, latents
+from ddo_jax.data import archives, catalogue, crops, idx, images, latents
 from ddo_jax.errors import UserError
 
 CACHE_BYTES = 2**30  # sets up to this many bytes, decoded, are decoded once and kept
@@ -316,11 +317,11 @@ def open_digits(split: str, directory: str | None) -> ArraySource:
     )
 
 
-KINDS = ("digits", "zip:PATH", "folder:PATH", "tfds:NAME")
+KINDS = ("digits", "zip:PATH", "folder:PATH", "idx:DIR", "tfds:NAME")
 
 
 def open_records(name: str, split: str, directory: str | None = None, *, allow_latents: bool = False) -> Records:
-    """The encoded images of "zip:PATH", "folder:PATH", "tfds:NAME", or the path of a .zip or directory.
+    """The encoded images of "zip:PATH", "folder:PATH", "idx:DIR", "tfds:NAME", or the path of a .zip or directory.
 
     A relative PATH that is not there is looked for in `directory`. Sets of latents are refused unless allowed: who
     wants pixels must not get floats.
@@ -329,7 +330,7 @@ def open_records(name: str, split: str, directory: str | None = None, *, allow_l
       UserError: unknown name (the known ones are listed), or what it names is missing or damaged.
     """
     kind, _, rest = name.partition(":")
-    if kind not in ("zip", "folder", "tfds") or not rest:
+    if kind not in ("zip", "folder", "idx", "tfds") or not rest:
         path = _path(name, directory)
         if name.endswith(".zip"):
             kind, rest = "zip", name
@@ -343,6 +344,8 @@ def open_records(name: str, split: str, directory: str | None = None, *, allow_l
             )
     if kind == "tfds":
         return catalogue.TfdsRecords(rest, split, data_dir(directory))
+    if kind == "idx":
+        return idx.IdxRecords(_path(rest, directory), split)
     reader = archives.ZipRecords if kind == "zip" else archives.FolderRecords
     return reader(_path(rest, directory), split, allow_latents)
 
