@@ -50,7 +50,7 @@ def _training(**given) -> dict:
 def _evaluation() -> dict:
     """How images are judged."""
     return dict(
-        network="digits",  # digits | inception | dinov2
+        network="digits",  # digits | classifier | inception | dinov2
         weights=config_dict.placeholder(str),  # of the feature network; unset: its known name
         dinov2_weights=config_dict.placeholder(str),  # of fd_dinov2 beside another network; unset: its known name
         select=config_dict.placeholder(str),  # what selects: fid | sfid | fd_dinov2 | kid; unset: the network's
