@@ -6,7 +6,9 @@
 
 The network is one of matrix products. Measured on an H100, seed 0, 15,000 pretraining steps, beta searched in 0.02 to
 0.2: FD x 100 29.42 -> 26.87 by DDO, 27.59 by continued MLE; rounds 2 and 3 diverged. Its pictures stay grainy: its MLE
-loss is 440 where the DDPM++ of `:gpu` has 167 after 3,800 steps (that run was not finished). Other variant: `:runlocal`.
+loss is 440 where the DDPM++ of `:gpu` has 167 after 3,800 steps (that run was not finished).
+
+Variants: `:gpu` a DDPM++ of the CIFAR kind; `:runlocal` the same code path in little.
 
 "EDM" marks Karras et al. 2022; the rest of the recipe is ours.
 """
