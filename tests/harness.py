@@ -34,6 +34,12 @@ def micro_config():
     return c
 
 
+def idx(array) -> bytes:
+    """A file of MNIST's format."""
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    return header + array.astype(np.uint8).tobytes()
+
+
 class Quiet:
     """A console that collects."""
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.harness import idx
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if not p.stem.startswith("_"))
 
@@ -19,8 +21,7 @@ def in_its_place(name: str, folder: Path) -> list[str]:
     rng = np.random.default_rng(0)
     for split, n in (("train", 300), ("t10k", 100)):
         for kind, array in (("images-idx3", rng.integers(0, 256, (n, 28, 28))), ("labels-idx1", np.arange(n) % 10)):
-            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-            (folder / f"{split}-{kind}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
+            (folder / f"{split}-{kind}-ubyte").write_bytes(idx(array))
     return [f"--config.data.name=idx:{folder}"]
 
 

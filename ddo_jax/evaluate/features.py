@@ -247,9 +247,18 @@ def _fitted(fit: Fit) -> Any:
     return layers
 
 
+def check_fit(train: Any, levels: int) -> None:
+    """Refuse data for which there is no classifier.
+
+    Raises:
+      UserError: no labels, or images of a size that it does not take.
+    """
+    if problem := classifier.Design(tuple(train.image_shape), levels, train.num_classes).problem():
+        raise UserError(f"config.eval.network: a classifier of {train.name}: {problem}; set inception or dinov2")
+
+
 def _classifier(kind: str, fit: Fit) -> FeatureNet:
-    if problem := fit.design.problem():
-        raise UserError(f"config.eval.network: {kind!r}: {problem}; set another one")
+    check_fit(fit.train, fit.levels)
     layers, design = _fitted(fit), fit.design
     name = f"{'digits ' if kind == 'digits' else ''}classifier, {design.features} features"
 

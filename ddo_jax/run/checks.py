@@ -70,6 +70,8 @@ def check(config) -> Checked:
     check_data(config, family, data)
     check_sizes(config, family, len(data))
     classes.look(config, family, data)
+    if config.eval.network == "classifier":
+        features.check_fit(data, config.model.levels)
     latent = family.spec.kind(data.image_shape) != "pixels"
     if config.data.holdout:
         _refuse_latents(latent, "data.holdout", config.data.holdout, "'': they are not decoded to be scored")

@@ -7,11 +7,7 @@ import pytest
 
 from ddo_jax.data import sources
 from ddo_jax.errors import UserError
-
-
-def idx(array) -> bytes:
-    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    return header + array.astype(np.uint8).tobytes()
+from tests.harness import idx
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 import time
 
+import numpy as np
 import pytest
 
 from ddo_jax import config as configs
 from ddo_jax import limits
+from ddo_jax.data.images import encode_png
 from ddo_jax.errors import UserError
 from ddo_jax.plan import dry_run
 from ddo_jax.run import checks
@@ -86,3 +88,15 @@ def test_durations_are_counted_in_32_bits():
         duration.epochs = 1e18
     with pytest.raises(UserError, match="ddo.length.epochs: 1e.18; allowed: at most 2,147,483,647 steps"):
         configs.steps(duration, 128, 1438, "ddo.length")
+
+
+def test_a_classifier_needs_labels(micro, tmp_path):
+    """Breaks if images without classes reach the fitting, after a workdir was made for them."""
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        (tmp_path / f"{i}.png").write_bytes(encode_png(rng.integers(0, 17, (8, 8, 1)).astype(np.uint8)))
+    micro.data.update(name=f"folder:{tmp_path}", holdout="")
+    micro.model.label_dim = 0
+    micro.eval.network = "classifier"
+    with pytest.raises(UserError, match="a classifier of folder:.*: 0 classes; .* set inception or dinov2"):
+        checks.check(micro)
