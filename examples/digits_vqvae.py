@@ -22,7 +22,7 @@ from ddo_jax import convert, files
 from ddo_jax.convert import safetensors
 from ddo_jax.core.stats import frechet
 from ddo_jax.data.sources import open_source
-from ddo_jax.evaluate import digits
+from ddo_jax.evaluate import classifier
 from ddo_jax.models.vqvae import from_config
 
 CONFIG = {  # the released constructor's argument names
@@ -124,8 +124,9 @@ def reconstruct(variables, images):
 
 def distance(images, labels, others):
     """FD x 100 between two sets of uint8 images, in the features that judge the digits experiments."""
-    layers = digits.train(images, labels).layers
-    a, b = (np.asarray(digits.features_and_logits(layers, x)[0]) for x in (images, others))
+    design = classifier.Design((8, 8, 1), 17, 10)
+    layers = classifier.train(images, labels, design).layers
+    a, b = (np.asarray(classifier.features_and_logits(layers, x, design)[0]) for x in (images, others))
     return 100 * frechet.frechet_from_features(a, b)
 
 
