@@ -26,7 +26,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 HARNESS = ("run", "store", "plan", "generate")  # folders whose tests train: optax's Adam fails under strict promotion
 
 
-MOST_BYTES = 2**30  # of a worker: above, compiled programs are dropped between modules
+MOST_BYTES = 3 * 2**28  # of a worker: above, compiled programs are dropped between modules
 
 
 def _cache() -> Path:
