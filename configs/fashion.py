@@ -26,7 +26,7 @@ def get_config(variant: str = ""):
     config.eval.network = "classifier"
     config.model.update(arch="mlp", img_resolution=28, img_channels=1, label_dim=10, levels=256)
     with config.unlocked():
-        config.model.update(width=512, blocks=4)  # 5.5M parameters
+        config.model.update(width=512, blocks=4)  # 5.4M parameters
     config.sampler.num_steps = 18  # EDM, CIFAR-10
 
     pretrain = config.pretrain

@@ -7,7 +7,6 @@ Four bytes (0, 0, type, number of axes), the lengths as big-endian uint32, the v
 images. Four axes are images of several channels. Images are handed on as PNG: a set is what any other set is.
 """
 
-import functools
 import gzip
 import zlib
 from pathlib import Path
@@ -34,7 +33,6 @@ def _path(folder: Path, split: str, what: str, axes: str) -> Path:
     return found[0]
 
 
-@functools.lru_cache(maxsize=4)
 def read_idx(path: Path) -> np.ndarray:
     """uint8 array of a file, read-only.
 
@@ -78,6 +76,8 @@ class IdxRecords:
         images, labels = read_idx(self._path), read_idx(_path(folder, which, "labels", "1"))
         if images.ndim not in (3, 4) or labels.shape != images.shape[:1] or not len(images):
             raise UserError(f"{self._path}: images {images.shape} with labels {labels.shape}; they must be as many")
+        if 0 in images.shape or images.shape[3:] not in ((), (1,), (3,)):
+            raise UserError(f"{self._path}: images {images.shape}; allowed: [N, H, W], or [N, H, W, C] with C = 1 or 3")
         self.name, self.num_classes = f"idx:{folder.resolve().name}:{split}", int(labels.max()) + 1
         whole = labelling.Labelling(labels.astype(np.int32), self.num_classes, ())
         self._rows = labelling.split_indices(f"train{bracket}{part}", len(labels), self.name, whole)

@@ -26,7 +26,7 @@ SEED = 0
 BATCH = 128
 SMALL = 64  # numbers in an image
 LARGEST, SIDE = 64, 32  # pixels a side: that are taken, that the network sees
-MOST = 2**16  # images that it is fitted on
+MOST, MOST_JUDGED = 2**16, 10_000  # images that it is fitted on, that tell its accuracy
 TENTH = 10  # without a held-out split every tenth image is left out
 
 
@@ -131,6 +131,11 @@ def train(images: np.ndarray, labels: np.ndarray, design: Design) -> Classifier:
     return Classifier(jax.tree.map(np.asarray, fitted))
 
 
+def left_out(n: int) -> np.ndarray:
+    """Every tenth of n images: where no split is held out, they tell the accuracy."""
+    return np.arange(TENTH - 1, n, TENTH)
+
+
 def rows_to_fit(n: int, whole: bool) -> np.ndarray:
     """Which of n training images: all, or (where no split is held out) all but every tenth; at most MOST, evenly.
 
@@ -138,8 +143,12 @@ def rows_to_fit(n: int, whole: bool) -> np.ndarray:
     array([ 0,  1,  2,  3,  4,  5,  6,  7,  8, 10, 11])
     """
     rows = np.arange(n)
-    rows = rows if whole else rows[rows % TENTH != TENTH - 1]
-    return rows if len(rows) <= MOST else rows[np.linspace(0, len(rows) - 1, MOST).astype(int)]
+    return evenly(rows if whole else np.setdiff1d(rows, left_out(n)), MOST)
+
+
+def evenly(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of them: sets often lie by class."""
+    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]
 
 
 def check(layers: Any, design: Design) -> None:

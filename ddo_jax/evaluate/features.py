@@ -188,17 +188,13 @@ class Fit:
 
     def accuracy(self, layers: Any) -> str:
         """Its accuracy, in words."""
-        if self.holdout is None:
-            rows, name = (
-                np.arange(classifier.TENTH - 1, len(self.train), classifier.TENTH),
-                "every tenth training image",
-            )
-            source = self.train
+        if self.holdout is not None:
+            source, name, rows = self.holdout, self.holdout.name, np.arange(len(self.holdout))
         else:
-            rows, name, source = np.arange(len(self.holdout)), self.holdout.name, self.holdout
+            source, name, rows = self.train, "every tenth training image", classifier.left_out(len(self.train))
         if not len(rows):
             return "not known: fewer than ten images"
-        real = source.read(rows[: classifier.MOST])
+        real = source.read(classifier.evenly(rows, classifier.MOST_JUDGED))
         value = classifier.accuracy(layers, real["image"], real["label"], self.design)
         return f"{value:.3f} on {len(real['image'])} images ({name})"
 

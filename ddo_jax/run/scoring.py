@@ -92,8 +92,10 @@ def feature_network(name: str, weights: str | None, config, workdir: epath.Path,
     if name not in features.FITTED:  # the digest of its file is among the run's inputs
         return features.get_features(name, weights=weights)
     recorded = workdirs.recorded_inputs(workdir).get("features", "").removeprefix(f"{name} ") or None
-    path = workdir / f"features-{name}.npz"
-    fit = features.Fit(reals["train"], reals.get(config.data.holdout), config.model.levels, path, recorded)
+    path, holdout = workdir / f"features-{name}.npz", reals.get(config.data.holdout)
+    if holdout is None and name == "digits":  # it is fitted on the whole training split, in every run
+        holdout = sources.open_source("digits", "test", config.data.dir)
+    fit = features.Fit(reals["train"], holdout, config.model.levels, path, recorded)
     network = features.get_features(name, fit)
     workdirs.check_inputs(workdir, {"features": f"{name} {network.digest}"})
     return network

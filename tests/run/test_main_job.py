@@ -21,11 +21,12 @@ from ddo_jax.evaluate.records import Evaluation, Protocol, Round
 from ddo_jax.plan import dry_run
 from ddo_jax.run import checks, main_job, rounds
 from ddo_jax.run.checks import check_network
+from ddo_jax.run.prepare import prepare
 from ddo_jax.run.scoring import open_evaluator, scoring_inputs
 from ddo_jax.store import checkpoint
 from ddo_jax.store.checkpoint import restore_ema
 from ddo_jax.store.workdir import check_inputs, open_workdir
-from tests.harness import exit_code, random_variables
+from tests.harness import Quiet, exit_code, random_variables
 
 
 @pytest.fixture(scope="module")
@@ -354,3 +355,11 @@ def test_a_full_disk_is_said_and_the_run_continues(setup, tmp_path, monkeypatch)
     before = first.stat().st_mtime_ns
     assert rounds.make_pool(setup, directory, ref, 0)["chunks"] == 2
     assert len(list(tmp_path.iterdir())) == 2 and first.stat().st_mtime_ns == before
+
+
+def test_the_digits_network_is_one_in_every_run(setup, micro, tmp_path):
+    """Breaks if a run without a held-out split fits the digits' network on fewer images, and judges by another one."""
+    micro.data.holdout = ""
+    made = prepare(micro, tmp_path, Quiet())
+    digests = [next(iter(s.scorer.evaluator.networks.values())).digest for s in (setup, made)]
+    assert digests[0] == digests[1]
