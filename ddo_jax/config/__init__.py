@@ -3,8 +3,8 @@
 A config file starts from `base()`, which is locked: a misspelt key answers "Did you mean ...".
 """
 
-from ddo_jax.config.keys import HARMLESS, MOST_STEPS, OBJECTIVES, base, difference, leaves, steps
+from ddo_jax.config.keys import HARMLESS, MOST_STEPS, OBJECTIVES, base, difference, is_set, leaves, steps
 from ddo_jax.config.validate import check_claimed, require, validate
 
-__all__ = ["HARMLESS", "MOST_STEPS", "OBJECTIVES", "base", "check_claimed", "difference", "leaves"]
+__all__ = ["HARMLESS", "MOST_STEPS", "OBJECTIVES", "base", "check_claimed", "difference", "is_set", "leaves"]
 __all__ += ["require", "steps", "validate"]

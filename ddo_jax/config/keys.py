@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict, config_dict
 
 from ddo_jax.errors import UserError
-from ddo_jax.families.base import SAMPLER
+from ddo_jax.families.base import PHASES, SAMPLER
 
 OBJECTIVES = ("ddo", "mle", "cca")
 
@@ -50,7 +50,7 @@ def _training(**given) -> dict:
 def _evaluation() -> dict:
     """How images are judged."""
     return dict(
-        network="digits",  # digits | classifier | inception | dinov2
+        network="digits",  # digits | classifier | inception | dinov2 | none: nothing is scored
         weights=config_dict.placeholder(str),  # of the feature network; unset: its known name
         dinov2_weights=config_dict.placeholder(str),  # of fd_dinov2 beside another network; unset: its known name
         select=config_dict.placeholder(str),  # what selects: fid | sfid | fd_dinov2 | kid; unset: the network's
@@ -84,12 +84,13 @@ def base() -> ConfigDict:
                 split="train",
                 holdout="test",  # scored beside the training set in the report; "" for none
                 dir=config_dict.placeholder(str),  # unset: $TFDS_DATA_DIR or ~/tensorflow_datasets
-                crop="",  # "" as stored | var: VAR's resize and random crop to model.img_resolution
+                crop="",  # "" as stored | to model.img_resolution: center, the central square | var, VAR's random crop
+                alpha="white",  # behind transparent images; refuse: they are refused, palettes too
                 flip=False,  # unlabelled horizontal flips of real images
                 augment=0.0,  # probability of EDM's augmentation in MLE phases; the network is told (model.augment_dim)
             ),
             model=dict(
-                arch="mlp",  # edm: mlp | SongUNet | DhariwalUNet; edm2: UNet; var: VAR
+                arch="mlp",  # edm: mlp | mixer | SongUNet | DhariwalUNet; edm2: UNet; var: VAR
                 img_resolution=32,
                 img_channels=3,
                 label_dim=0,
@@ -97,6 +98,7 @@ def base() -> ConfigDict:
                 levels=256,  # grey levels of the data; samples are quantised to them
             ),
             pretrain=_training(length=_duration()),
+            adapt=_training(length=_duration()),  # of `init` by MLE to this data and its classes; unset: not at all
             ddo=_training(
                 rounds=1,
                 length=_duration(),  # of one round
@@ -141,7 +143,7 @@ HARMLESS = (
     "data.dir",
     "eval.grid",
 )  # the key or all below
-HARMLESS += tuple(f"{p}.{key}_every" for p in ("pretrain", "ddo", "control") for key in ("save", "snapshot"))
+HARMLESS += tuple(f"{p}.{key}_every" for p in PHASES for key in ("save", "snapshot"))
 HARMLESS += ("ddo.accumulation", "remat", "eval.also", "eval.metrics", "eval.dinov2_weights")
 
 
@@ -176,6 +178,11 @@ def difference(old: dict, new: dict) -> list[str]:
 
 
 MOST_STEPS = 2**31 - 1
+
+
+def is_set(duration) -> bool:
+    """Whether a duration is given, in any of its units."""
+    return any(value is not None for _, value in duration.items())
 
 
 def steps(duration, batch: int, examples: int, name: str) -> int | None:

@@ -6,22 +6,19 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from ddo_jax.config.keys import OBJECTIVES, base, leaves, steps
+from ddo_jax.config.keys import OBJECTIVES, base, is_set, leaves, steps
 from ddo_jax.core.ar import DROPPED_ROW_LOSSES
 from ddo_jax.core.phema import MAX_STD
 from ddo_jax.core.samplers import MOST_SIGMA
 from ddo_jax.data.crops import CROPS
+from ddo_jax.data.images import ALPHA
 from ddo_jax.errors import UserError
-from ddo_jax.families.base import SAMPLER
+from ddo_jax.families.base import PHASES, SAMPLER
 
 # Keys that only some families read; each family says which of them are its own (`Spec.config_keys`).
 FAMILY_KEYS = {"dtype", "data.augment", "ddo.dropped_row_loss", "ddo.reencode", "ddo.p_std_from"}
-FAMILY_KEYS |= {f"{phase}.{key}" for phase in ("pretrain", "ddo", "control") for key in ("p_mean", "p_std")}
+FAMILY_KEYS |= {f"{phase}.{key}" for phase in PHASES for key in ("p_mean", "p_std")}
 FAMILY_KEYS |= {f"sampler.{key}" for key in SAMPLER}
-
-
-def _is_set(duration) -> bool:
-    return any(value is not None for _, value in duration.items())
 
 
 def nearest(name: str, known) -> str:
@@ -249,9 +246,10 @@ def validate(config, devices: int) -> None:
     require(config.sampler.solver in ("heun", "dpmv3"), "sampler.solver", config.sampler.solver, "heun, dpmv3")
     _check_family(config, dtypes)
     require(config.data.crop in CROPS, "data.crop", config.data.crop, ", ".join(map(repr, CROPS)))
+    require(config.data.alpha in ALPHA, "data.alpha", config.data.alpha, ", ".join(ALPHA))
     require(0 <= config.data.augment <= 1, "data.augment", config.data.augment, "0 to 1")
     require(config.keep in ("best", "all"), "keep", config.keep, "best, all")
-    for phase in ("pretrain", "ddo", "control"):
+    for phase in PHASES:
         _check_phase(config, phase)
     _check_grids(config)
     _check_p_std_from(config.ddo.p_std_from, config.ddo.p_mean)
@@ -267,14 +265,20 @@ def validate(config, devices: int) -> None:
     needed += ["control.eval_every"] if config.ddo.rounds and config.control.enabled else []
     for key in needed:
         phase, name = key.split(".")
-        require(_is_set(config[phase][name]), key, "unset", "a duration")
+        require(is_set(config[phase][name]), key, "unset", "a duration")
     _check_pool(config)
     scratch = config.init == "scratch"
     require(
-        not scratch or _is_set(config.pretrain.length),
+        not scratch or is_set(config.pretrain.length),
         "pretrain.length",
         "unset",
         "a duration, or config.init = a checkpoint",
+    )
+    require(
+        not scratch or not is_set(config.adapt.length),
+        "adapt.length",
+        "set",
+        "unset with init = 'scratch': a network is adapted from config.init = a checkpoint",
     )
     _check_devices(config, devices)
     _check_evaluation(config)
@@ -295,7 +299,7 @@ def _check_pool(config) -> None:
 def _check_devices(config, devices: int) -> None:
     fsdp = config.mesh.fsdp
     require(fsdp >= 1 and devices % fsdp == 0, "mesh.fsdp", fsdp, f"a divisor of the {devices} devices")
-    batches = {f"{p}.batch": config[p].batch // config[p].accumulation for p in ("pretrain", "ddo", "control")}
+    batches = {f"{p}.batch": config[p].batch // config[p].accumulation for p in PHASES}
     for key, value in {**batches, "eval.batch": config.eval.batch}.items():
         require(value % devices == 0, key, value, f"(per micro-batch) a multiple of the {devices} devices")
 

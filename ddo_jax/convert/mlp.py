@@ -1,6 +1,7 @@
-"""Our own ResidualMLP <-> its safetensors: parameters under our names, as `families.edm.EDM.export` writes them.
+"""Our own networks of matrix products <-> their safetensors: parameters under our names, as `families.edm` writes them.
 
-config = {"model_type": "mlp", "img_resolution", "img_channels", "label_dim", "sigma_data", "width", "blocks"}.
+config = {"model_type": "mlp", "img_resolution", "img_channels", "label_dim", "sigma_data", "width", "blocks"}, with
+"mixer" also {"patch", "tokens", "ratio"}.
 """
 
 import functools
@@ -13,10 +14,12 @@ import numpy as np
 from ddo_jax.convert import safetensors
 from ddo_jax.convert.coverage import check
 from ddo_jax.models.edm import EDMPrecond
+from ddo_jax.models.mixer import PatchMixer
 from ddo_jax.models.mlp import ResidualMLP
 
 _OUTER = ("img_resolution", "img_channels", "label_dim", "sigma_data")
 _LEAST_WIDTH = 8
+NETWORKS = {"mlp": ResidualMLP, "mixer": PatchMixer}
 
 
 def from_config(config: dict) -> EDMPrecond:
@@ -34,7 +37,11 @@ def from_config(config: dict) -> EDMPrecond:
     shared = {k: arguments.pop(k) for k in _OUTER if k in arguments}
     if arguments.get("width", _LEAST_WIDTH) < _LEAST_WIDTH:
         raise ValueError(f"width is {arguments['width']}: it must be at least {_LEAST_WIDTH}")
-    return EDMPrecond(net=ResidualMLP(num_classes=shared.get("label_dim", 0), **arguments), **shared)
+    patch = arguments.get("patch", 1)
+    if shared["img_resolution"] % max(patch, 1) or patch < 1:
+        raise ValueError(f"patch is {patch}: it must divide img_resolution = {shared['img_resolution']}")
+    network = NETWORKS[config.get("model_type", "mlp")]
+    return EDMPrecond(net=network(num_classes=shared.get("label_dim", 0), **arguments), **shared)
 
 
 @functools.lru_cache(maxsize=16)

@@ -33,6 +33,9 @@ def add_image_flags(p: cli.Parser) -> None:
         help="apply (default): photographs are turned upright by their EXIF orientation. ignore: pixels as they lie, "
         "as EDM's and ADM's ImageNet was made",
     )
+    p.add_argument(
+        "--alpha", default="white", metavar="HOW", help="behind transparent images; refuse: they are refused"
+    )
     p.add_argument("--max_images", type=int, metavar="N", help="only the first N, evenly over the classes")
     p.add_argument("--split", default="train", help="of SRC: train (default), train[:90%%], with TFDS also test ...")
     p.add_argument("--data_dir", metavar="DIR", help="of TFDS sets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
@@ -43,7 +46,8 @@ def parser() -> cli.Parser:
         prog="python -m ddo_jax.data",
         allow_abbrev=False,
         description="Make a set of equal images from a folder, a zip or a prepared TFDS set. Every image becomes "
-        "RGB (alpha is dropped) and lossless PNG; the order is that of the sorted names. Hidden files are never data; "
+        "RGB (on white where it is transparent) and lossless PNG; the order is that of the sorted names. Hidden files "
+        "are never data; "
         "subfolders are classes, in the order of their names or numbers, and the table of classes is printed.",
         epilog="python -m ddo_jax.data encode SRC DST --vae=WHAT makes a set of latents instead: see "
         "python -m ddo_jax.data encode --help (a folder named encode is ./encode).",

@@ -1,13 +1,24 @@
-"""VAR's rule for images of any size (specs/var.md section 10): resize by the shorter side, then crop."""
+"""Squares of images of any size: EDM's central crop, and VAR's rule (specs/var.md section 10)."""
 
 import numpy as np
 from PIL import Image
 
-CROPS = ("", "var")  # "": images as they are stored
+CROPS = ("", "center", "var")  # "": images as they are stored
+
+
+def center_box(image: Image.Image, size: int) -> Image.Image:
+    """The central size x size pixels; an odd rest stays at the right and at the bottom."""
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def crop_center(image: Image.Image, size: int) -> Image.Image:
+    """EDM: the central square, then Lanczos to size x size."""
+    return center_box(image, min(image.size)).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def crop_var(image: Image.Image, size: int, draw: np.ndarray | None = None) -> Image.Image:
-    """size x size pixels of an image; it is mirrored first, then resized by Lanczos, then cropped.
+    """VAR: size x size pixels of an image; it is mirrored first, then resized by Lanczos, then cropped.
 
     Args:
       draw: [3] in [0, 1): mirrored if the first is below 0.5; the others place the crop, y then x, every offset being

@@ -1,8 +1,13 @@
-"""One encoded image -> uint8 pixels and back; what is wrong with it is said with its name."""
+"""One encoded image -> uint8 pixels and back; what is wrong with it is said with its name.
+
+What a file shows is what a person sees in front of white: transparent images are composited on it, palettes and single
+bits become colours and greys. Nothing deeper than 8 bits is cut down, and no ink (CMYK) guessed at.
+"""
 
 import io
 import struct
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,8 +23,11 @@ EXTENSIONS = tuple(
     )
     if Image.registered_extensions().get(extension) in Image.OPEN
 )
-ALLOWED = "8-bit RGB or greyscale, without alpha or palette"
+ALPHA = ("white", "refuse")
+ALLOWED = "8-bit RGB or greyscale"
+Note = Callable[[str, str], None]  # (where, what it is): told of an image that is not kept as it is stored
 _CHANNELS = {"L": 1, "RGB": 3}
+_GREY, _COLOUR = ("1", "L", "LA", "La"), ("P", "PA", "RGB", "RGBA", "RGBa")
 _PNG_BIT_DEPTH = 24  # offset of the byte in a PNG file; Pillow reads 16-bit RGB as 8-bit without a word
 
 
@@ -46,34 +54,59 @@ def open_image(data: bytes, where: str) -> tuple[Image.Image, str]:
     except Image.DecompressionBombError as e:
         raise UserError(f"{where}: {e}") from None
     if "16-bit" in seen or image.mode.startswith(("I", "F")):
-        raise UserError(f"{where}: {seen}; allowed: {ALLOWED}")
+        raise UserError(f"{where}: {seen}; allowed: {ALLOWED}; save it with 8 bits a channel")
     return image, seen
 
 
-def decode(data: bytes, where: str) -> np.ndarray:
-    """Encoded image -> uint8 [H, W, C], C = 1 or 3, exactly as stored.
+def on_white(image: Image.Image) -> Image.Image:
+    """A grey or coloured image as "L" or "RGB", in front of white where it is transparent."""
+    mode = "L" if image.mode in _GREY else "RGB"
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+def decode(data: bytes, where: str, note: Note | None = None) -> np.ndarray:
+    """Encoded image -> uint8 [H, W, C], C = 1 or 3; exactly as stored, or as it looks on white (`on_white`).
+
+    Args:
+      note: told of images with alpha, a palette, or fewer than 8 bits. None: they are refused.
 
     Raises:
-      UserError: as `open_image`, or a mode that is not L or RGB; names `where`.
+      UserError: as `open_image`, another kind of image, or one that would have to be noted; names `where`.
     """
     image, seen = open_image(data, where)
-    if image.mode not in _CHANNELS or (image.format == "PNG" and data[_PNG_BIT_DEPTH] != 8):
-        raise UserError(f"{where}: {seen}; allowed: {ALLOWED}")
+    plain = image.mode in _CHANNELS and not image.has_transparency_data
+    plain = plain and not (image.format == "PNG" and data[_PNG_BIT_DEPTH] != 8)
+    if not plain:
+        if image.mode not in (*_GREY, *_COLOUR):
+            raise UserError(f"{where}: {seen}; allowed: {ALLOWED}; save it as RGB")
+        if note is None:
+            mend = "python -m ddo_jax.data makes a set in which they lie on white"
+            raise UserError(f"{where}: {seen}; allowed: {ALLOWED}, without alpha or palette; {mend}")
+        note(where, seen)
+        image = on_white(image)
     return np.asarray(image).reshape(image.height, image.width, _CHANNELS[image.mode])
 
 
-def convert(data: bytes, where: str, mode: str, *, turn: bool = False) -> Image.Image:
-    """An encoded image of any mode as "RGB" or "L"; alpha is dropped.
+def convert(data: bytes, where: str, mode: str, note: Note | None = None, *, turn: bool = False) -> Image.Image:
+    """An encoded image of any mode as "RGB" or "L", on white where it is transparent.
 
-    turn: as a person sees it, by its EXIF orientation; else as the pixels lie, which is how ImageNet is read.
+    note: as in `decode`, of transparent images only. turn: as a person sees it, by its EXIF orientation; else as the
+    pixels lie, which is how ImageNet is read.
 
     Raises:
-      UserError: as `open_image`, or a mode that Pillow cannot convert; names `where`.
+      UserError: as `open_image`, a mode that Pillow cannot convert, or transparent without a note; names `where`.
     """
     image, seen = open_image(data, where)
     if turn:
         image = _turned(image)
-    image.info.pop("transparency", None)  # or Pillow warns that alpha is dropped
+    if image.has_transparency_data:
+        if note is None:
+            raise UserError(f"{where}: {seen} is transparent; allowed: opaque images")
+        note(where, seen)
+        image = on_white(image)
     try:
         return image.convert(mode)
     except ValueError as e:

@@ -20,23 +20,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddo_jax.data import catalogue, images, labelling, sources, tree
-from ddo_jax.data.crops import crop_var
+from ddo_jax.data.crops import center_box, crop_center, crop_var
 from ddo_jax.errors import UserError
 
 BLOCK = 256  # images in work at a time
 MODES = {1: "L", 3: "RGB"}
 EXIF = ("apply", "ignore")
-
-
-def center_box(image: Image.Image, size: int) -> Image.Image:
-    """The central size x size pixels; an odd rest stays at the right and at the bottom."""
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def crop_center(image: Image.Image, size: int) -> Image.Image:
-    """EDM: the central square, then Lanczos to size x size."""
-    return center_box(image, min(image.size)).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def crop_center_dhariwal(image: Image.Image, size: int) -> Image.Image:
@@ -64,9 +53,9 @@ CROPS = {"center": crop_center, "center-dhariwal": crop_center_dhariwal, "none":
 
 
 def converter(
-    resolution: int | None, crop: str, channels: int, exif: str = "apply"
+    resolution: int | None, crop: str, channels: int, exif: str = "apply", alpha: str = "white"
 ) -> Callable[[bytes, str], np.ndarray]:
-    """convert(file content, where) -> uint8 [H, W, C]: turned upright and colours first (alpha is dropped), then size.
+    """convert(file content, where) -> uint8 [H, W, C]: turned upright and colours first, then size.
 
     Raises:
       UserError: here for options that do not go together; in `convert` for a bad image, which is named.
@@ -75,6 +64,8 @@ def converter(
         raise UserError(f"--crop={crop}; allowed: {', '.join(CROPS)}")
     if exif not in EXIF:
         raise UserError(f"--exif={exif}; allowed: {', '.join(EXIF)}")
+    if alpha not in images.ALPHA:
+        raise UserError(f"--alpha={alpha}; allowed: {', '.join(images.ALPHA)}")
     if channels not in MODES:
         raise UserError(f"--channels={channels}; allowed: 3 (RGB) or 1 (greyscale)")
     if resolution is None and crop != "none":
@@ -82,8 +73,10 @@ def converter(
     if resolution is not None and resolution < 1:
         raise UserError(f"--resolution={resolution}; allowed: 1 or more pixels")
 
+    note = sources.OnWhite() if alpha == "white" else None
+
     def convert(data: bytes, where: str) -> np.ndarray:
-        image = images.convert(data, where, MODES[channels], turn=exif == "apply")
+        image = images.convert(data, where, MODES[channels], note, turn=exif == "apply")
         if resolution is not None:
             try:
                 image = CROPS[crop](image, resolution)
@@ -123,6 +116,7 @@ class Options:
     channels: int = 3
     max_images: int | None = None
     exif: str = "apply"
+    alpha: str = "white"
 
 
 def plan(src: str, dst: str, options: Options) -> Job:
@@ -132,7 +126,7 @@ def plan(src: str, dst: str, options: Options) -> Job:
       UserError: an option that is not allowed, a missing or unusable SRC, a DST that exists.
     """
     o = options
-    path, convert = target(dst), converter(o.resolution, o.crop, o.channels, o.exif)
+    path, convert = target(dst), converter(o.resolution, o.crop, o.channels, o.exif, o.alpha)
     if o.max_images is not None and o.max_images < 1:
         raise UserError(f"--max_images={o.max_images}; allowed: 1 or more")
     records = sources.open_records(src, o.split, o.data_dir)

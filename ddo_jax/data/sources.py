@@ -8,7 +8,8 @@
 
 Latents are the posterior of a VAE, mean then standard deviation (see `latents`), as float32 [H, W, 2 C].
 
-Images are read as they are stored and must be equal in size, unless a rule of `crops` makes them so: ImageNet's JPEGs.
+Images are read as they are stored (on white where they are transparent, see `images`) and must be equal in size, unless
+a rule of `crops` makes them so: photographs, ImageNet's JPEGs.
 
 A source is random access by integer array, so the position of a run in its data is one integer.
 """
@@ -29,7 +30,7 @@ from etils import epath
 from tqdm import tqdm
 
 from ddo_jax import files
-from ddo_jax.data import archives, catalogue, crops, idx, images, latents
+from ddo_jax.data import archives, catalogue, crops, idx, images, latents, tree
 from ddo_jax.errors import UserError
 
 CACHE_BYTES = 2**30  # sets up to this many bytes, decoded, are decoded once and kept
@@ -154,8 +155,28 @@ def in_threads(threads: ThreadPoolExecutor, n: int, piece: int, work: Callable[[
     list(threads.map(work, [range(start, min(start + piece, n)) for start in range(0, n, piece)]))
 
 
+class OnWhite:
+    """Says once that images of a set are not kept as they are stored: an `images.Note`."""
+
+    def __init__(self) -> None:
+        self._said, self._lock = False, threading.Lock()
+
+    def __call__(self, where: str, seen: str) -> None:
+        with self._lock:
+            if not self._said:
+                tree.warn(f"{where}: {seen}: shown on white, as all such images of the set")
+            self._said = True
+
+
+Decode = Callable[[bytes, str], np.ndarray]  # (content of a file, where it lies) -> one example
+
+
 class EncodedSource:
     """Images or latents decoded as they are read; all at the first read, and kept, if they fit into 1 GiB.
+
+    Args:
+      decode: of a file's content; None: as `records` holds it, on white where it is transparent. rule: what decode does
+        beside that, in words; part of name and fingerprint.
 
     Raises:
       UserError: here of the first image, in `read` of any: damaged, or not of the size and mode of the first.
@@ -163,12 +184,14 @@ class EncodedSource:
 
     random_crop = False
 
-    def __init__(self, records: Records):
+    def __init__(self, records: Records, decode: Decode | None = None, rule: str = ""):
         self._records, self._lock, self._cache = records, threading.Lock(), None
-        self._threads = ThreadPoolExecutor(THREADS)
+        self._threads, self._rule = ThreadPoolExecutor(THREADS), rule
         self.name, self.num_classes, self.class_names = records.name, records.num_classes, records.class_names
-        self._decoder = latents if records.latents else images
-        first = self._decoder.decode(records.read([0])[0][0], records.where(0))
+        self.name += rule and f", {rule}"
+        default = latents.decode if records.latents else functools.partial(images.decode, note=OnWhite())
+        self._decoder = decode or default
+        first = self._decoder(records.read([0])[0][0], records.where(0))
         self.image_shape, self.dtype = first.shape, first.dtype
 
     def __len__(self) -> int:
@@ -180,7 +203,8 @@ class EncodedSource:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        return self._records.fingerprint
+        """Of the stored images and the rule: a reference's statistics are kept by it."""
+        return _ruled(self._records.fingerprint, self._rule)
 
     @functools.cached_property
     def max_level(self) -> int:
@@ -225,18 +249,22 @@ class EncodedSource:
 
     def _decode(self, data: bytes, i: int) -> np.ndarray:
         where = self._records.where(i)
-        pixels = self._decoder.decode(data, where)
+        pixels = self._decoder(data, where)
         if pixels.shape != self.image_shape:
             raise UserError(
                 f"{where}: height, width, channels {pixels.shape}; allowed: {self.image_shape} as the first image, "
-                f"{self._records.where(0)}; make them equal with python -m ddo_jax.data SRC DST.zip --resolution=N "
-                "--crop=center"
+                f"{self._records.where(0)}; --config.data.crop=center --config.model.img_resolution=N crops as it "
+                "reads, python -m ddo_jax.data SRC DST.zip --resolution=N --crop=center makes a set of equal ones"
             )
         return pixels
 
 
+def _ruled(fingerprint: str, rule: str) -> str:
+    return f"{zlib.crc32(rule.encode(), int(fingerprint, 16)):08x}" if rule else fingerprint
+
+
 class CroppedSource:
-    """Images of any size and mode as RGB squares, cropped as they are read; nothing is kept, for random crops differ.
+    """Images of any size and mode as RGB squares, by VAR's random crops as they are read; nothing is kept.
 
     Raises:
       UserError: here of the first image, in `read` of any: damaged, or deeper than 8 bits.
@@ -245,8 +273,9 @@ class CroppedSource:
     random_crop = True
     dtype, max_level = np.dtype(np.uint8), 255  # interpolation makes any level
 
-    def __init__(self, records: Records, crop: str, resolution: int):
-        self._records, self._rule, self._threads = records, f"{crop} {resolution}", ThreadPoolExecutor(THREADS)
+    def __init__(self, records: Records, resolution: int, note: images.Note | None = None):
+        self._records, self._rule, self._threads = records, f"var {resolution}", ThreadPoolExecutor(THREADS)
+        self._note = note
         self.name, self.num_classes = f"{records.name}, {self._rule}", records.num_classes
         self.class_names = records.class_names
         self.image_shape = (resolution, resolution, 3)
@@ -261,8 +290,8 @@ class CroppedSource:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of the stored images and the rule: a reference's statistics are kept by it."""
-        return f"{zlib.crc32(self._rule.encode(), int(self._records.fingerprint, 16)):08x}"
+        """As `EncodedSource.fingerprint`."""
+        return _ruled(self._records.fingerprint, self._rule)
 
     def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, np.ndarray]:
         pixels, labels = np.empty((len(indices), *self.image_shape), np.uint8), np.empty(len(indices), np.int32)
@@ -270,7 +299,7 @@ class CroppedSource:
         def piece(rows: range) -> None:
             chosen = [int(indices[row]) for row in rows]
             for row, i, (data, label) in zip(rows, chosen, self._records.read(chosen), strict=True):
-                image = images.convert(data, self._records.where(i), "RGB")
+                image = images.convert(data, self._records.where(i), "RGB", self._note)
                 pixels[row] = crops.crop_var(image, self.image_shape[0], None if draws is None else draws[row])
                 labels[row] = label
 
@@ -355,36 +384,66 @@ def _path(name: str, directory: str | None) -> Path:
     return data_dir(directory) / path if directory and not path.exists() else path
 
 
-def _check_crop(name: str, crop: str, resolution: int) -> None:
+def _check_crop(name: str, crop: str, resolution: int, channels: int) -> None:
     if crop not in crops.CROPS:
         raise UserError(f"config.data.crop: {crop!r}; allowed: {', '.join(map(repr, crops.CROPS))}")
     if crop and name == "digits":
         raise UserError(f"config.data.crop: {crop!r}; allowed with data set 'digits': ''")
     if crop and resolution < 1:
         raise UserError(f"config.model.img_resolution: {resolution}; allowed with data.crop = {crop!r}: 1 or more")
+    if crop and channels not in ((3,) if crop == "var" else _MODES):
+        allowed = "3" if crop == "var" else "1, 3"
+        raise UserError(f"config.model.img_channels: {channels}; allowed with data.crop = {crop!r}: {allowed}")
 
 
-def open_source(name: str, split: str, directory: str | None = None, *, crop: str = "", resolution: int = 0) -> Source:
+_MODES = {1: "L", 3: "RGB"}
+
+
+def _center(resolution: int, channels: int, note: images.Note | None) -> Decode:
+    """A file's content -> the central square: photographs are turned upright, any colours become `channels`."""
+
+    def decode(data: bytes, where: str) -> np.ndarray:
+        image = images.convert(data, where, _MODES[channels], note, turn=True)
+        return np.asarray(crops.crop_center(image, resolution)).reshape(resolution, resolution, channels)
+
+    return decode
+
+
+def open_source(
+    name: str,
+    split: str,
+    directory: str | None = None,
+    *,
+    crop: str = "",
+    resolution: int = 0,
+    channels: int = 3,
+    alpha: str = "white",
+) -> Source:
     """Open a dataset by name (see the top of this file).
 
     Args:
       name: of the set. split: "train", "test", or a part, "train[:90%]"; zips and folders have only "train".
       directory: of TFDS sets, and of relative paths; unset: $TFDS_DATA_DIR or ~/tensorflow_datasets.
-      crop: "": images as they are stored. "var": of any size, cropped to resolution x resolution as they are read.
+      crop: "": images as they are stored. Else of any size and mode, resolution x resolution x channels as they are
+        read: "center" the central square, "var" VAR's random crops (RGB).
+      alpha: "white": transparent images and palettes are shown on white. "refuse": they are refused.
 
     Raises:
       UserError: unknown name or crop (the known ones are listed), a crop of latents, or what `name` names is missing or
         damaged.
     """
-    _check_crop(name, crop, resolution)
+    _check_crop(name, crop, resolution, channels)
     if name == "digits":
         return open_digits(split, directory)
     records = open_records(name, split, directory, allow_latents=True)
-    if not crop:
-        return EncodedSource(records)
-    if records.latents:
+    note = OnWhite() if alpha == "white" else None
+    if crop and records.latents:
         raise UserError(f"config.data.crop: {crop!r}; allowed with latents, as {records.name} holds them: ''")
-    return CroppedSource(records, crop, resolution)
+    if crop == "var":
+        return CroppedSource(records, resolution, note)
+    if crop == "center":
+        return EncodedSource(records, _center(resolution, channels, note), f"center {resolution}")
+    return EncodedSource(records, None if records.latents else functools.partial(images.decode, note=note))
 
 
 def of_config(config, split: str) -> Source:
@@ -393,5 +452,6 @@ def of_config(config, split: str) -> Source:
     Raises:
       UserError: as `open_source`.
     """
-    c = config.data
-    return open_source(c.name, split, c.dir, crop=c.crop, resolution=config.model.img_resolution)
+    c, m = config.data, config.model
+    size = {"resolution": m.img_resolution, "channels": m.img_channels} if c.crop else {}
+    return open_source(c.name, split, c.dir, crop=c.crop, alpha=c.alpha, **size)

@@ -51,7 +51,10 @@ def parser() -> cli.Parser:
     p.add_argument("--plot", metavar="FILE.png", help="picture of --sweep (default: sweep-KEY.png beside --out)")
     p.add_argument("--batch", type=int, default=64, help="images sampled at a time, over all devices (default: 64)")
     p.add_argument(
-        "--network", default="inception", choices=("inception", "digits"), help="features (default: inception)"
+        "--network",
+        default="inception",
+        choices=("inception", "digits", "classifier"),
+        help="features (default: inception); classifier: the one of a run, --weights=WORKDIR/features-classifier.npz",
     )
     p.add_argument("--weights", metavar="FILE", help="of the network (default: its known name)")
     p.add_argument("--dinov2_weights", metavar="FILE", help="of fd_dinov2 (default: its known name)")
@@ -206,7 +209,7 @@ def load_networks(args: argparse.Namespace, wanted: list[str]) -> dict:
     networks = {}
     for owner, (name, weights) in asked.items():
         fit = None
-        if name in features.FITTED:
+        if name == "digits":
             train, test = (sources.open_source("digits", split, args.data_dir) for split in ("train", "test"))
             fit = features.Fit(train, test, references.LEVELS["digits"], references.cache_dir() / "features-digits.npz")
         networks[owner] = features.get_features(name, fit, weights)
@@ -316,7 +319,7 @@ def against(args: argparse.Namespace, evaluator: "Evaluator", collected: "Collec
     """({name: value} of the interval of --bootstrap, its protocol)."""
     from ddo_jax.evaluate import collect
 
-    other = of_files(args.against, args.num, evaluator.levels)
+    other = of_files(args.against, args.num, evaluator.levels(256))
     compared = run_pass(other, None, evaluator, ["bootstrap"])
     network = evaluator.networks[collect.MAIN]
     interval, paired = collect.compare(collected, compared, evaluator.references["ref"], network)

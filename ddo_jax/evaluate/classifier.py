@@ -13,6 +13,7 @@ Matrix products only, since convolutions are slow on XLA's CPU backend:
 
 import dataclasses
 import functools
+import io
 import math
 import zlib
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from ddo_jax import npz
 
 SEED = 0
 BATCH = 128
@@ -129,6 +132,39 @@ def train(images: np.ndarray, labels: np.ndarray, design: Design) -> Classifier:
     with jax.disable_jit(False):  # who debugs a run under JAX_DISABLE_JIT waits for its steps, not for these
         fitted = run((layers, tx.init(layers)), jax.random.split(keys[-1], design.steps))
     return Classifier(jax.tree.map(np.asarray, fitted))
+
+
+def to_file(layers: Any, design: Design) -> bytes:
+    """An .npz: w0, b0, w1 ... and what it is for."""
+    arrays: dict[str, Any] = {
+        f"{kind}{i}": x for i, layer in enumerate(layers) for kind, x in zip("wb", layer, strict=True)
+    }
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays, design=np.array([*design.shape, design.levels, design.num_classes]))
+    return buffer.getvalue()
+
+
+def of_file(content: bytes, design: Design | None = None) -> tuple[Any, Design]:
+    """(layers, what they are for) of `to_file`'s bytes.
+
+    Args:
+      design: that it must have. None: what the file says (those of versions before 2026-12 say nothing).
+
+    Raises:
+      ValueError, KeyError: damaged, no such file, or of another design.
+    """
+    arrays = npz.read(content)
+    said = arrays.pop("design", None)
+    if design is None:
+        if said is None or said.shape != (5,) or said.dtype.kind not in "iu":
+            raise ValueError("it does not say for which images it is")
+        *shape, levels, num_classes = (int(n) for n in said)
+        design = Design(tuple(shape), levels, num_classes)
+        if (problem := design.problem()) or not 2 <= levels <= 256:
+            raise ValueError(problem or f"{levels} grey levels")
+    layers = tuple((arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(len(arrays) // 2))
+    check(layers, design)
+    return layers, design
 
 
 def left_out(n: int) -> np.ndarray:

@@ -59,7 +59,8 @@ class Evaluator:
     """What judges.
 
     Attributes:
-      networks: {MAIN, DINOV2: those that are needed}; a run's or a command's own network is MAIN.
+      networks: {MAIN, DINOV2: those that are needed}; a run's or a command's own network is MAIN. {}: nothing is
+        scored, an evaluation says only how its images were made.
       references: {name: real images' statistics}; the first one counts; {} where only "is" is wanted.
       real: features of real images, for pr and kid, or None.
     """
@@ -68,14 +69,14 @@ class Evaluator:
     references: dict[str, Reference]
     real: np.ndarray | None = None
 
-    @property
-    def levels(self) -> int:
-        """Grey levels that the networks take."""
-        return next(iter(self.networks.values())).levels
+    def levels(self, have: int) -> int:
+        """Grey levels that the networks take; `have`, those of the images, without any."""
+        return next((network.levels for network in self.networks.values()), have)
 
     def collect(self, images: Images, wanted: Iterable[str]) -> Collected:
         """The set through the networks."""
-        records = (r | {"image": to_levels(r["image"], images.levels, self.levels)} for r in images.records)
+        want = self.levels(images.levels)
+        records = (r | {"image": to_levels(r["image"], images.levels, want)} for r in images.records)
         return collect.collect(self.networks, wanted, records, images.num)
 
     def score(self, images: Images, wanted: list[str]) -> Evaluation:
@@ -89,7 +90,7 @@ class Evaluator:
     def of_collected(self, images: Images, wanted: list[str], collected: Collected) -> Evaluation:
         """`score` of what `collect` kept."""
         values = collect.compute(wanted, collected, self.references, self.networks, self.real)
-        return Evaluation(next(iter(values)), values, self.protocol(images, wanted, collected))
+        return Evaluation(next(iter(values), ""), values, self.protocol(images, wanted, collected))
 
     def protocol(self, images: Images, wanted: Iterable[str], collected: Collected) -> Protocol:
         """How the numbers of a set were made."""

@@ -6,7 +6,6 @@ classifier  a small network fitted on the training split of the data (`classifie
 """
 
 import dataclasses
-import io
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ddo_jax import convert, files, npz, sharding
+from ddo_jax import convert, files, sharding
 from ddo_jax.convert import names
 from ddo_jax.convert.inert import UnsafeOrDamaged
 from ddo_jax.errors import UserError
@@ -205,9 +204,7 @@ def _kept(fit: Fit) -> tuple[Any, str]:
     if content is None:
         return None, ""
     try:
-        arrays = npz.read(content)
-        layers = tuple((arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(len(arrays) // 2))
-        classifier.check(layers, fit.design)
+        layers, _ = classifier.of_file(content, fit.design)
     except (ValueError, KeyError) as e:
         return None, f"damaged ({e})"
     if fit.expected not in (None, classifier.Classifier(layers).digest):
@@ -234,12 +231,7 @@ def _fitted(fit: Fit) -> Any:
             f"({fit.expected} -> {now}): scores could not be compared; put back a copy of the file, or take another "
             "--workdir"
         )
-    buffer = io.BytesIO()
-    saved: dict[str, Any] = {
-        f"{kind}{i}": x for i, layer in enumerate(layers) for kind, x in zip("wb", layer, strict=True)
-    }
-    np.savez(buffer, **saved)
-    files.keep(fit.path, buffer.getvalue(), f"the classifier of {fit.train.name}")
+    files.keep(fit.path, classifier.to_file(layers, fit.design), f"the classifier of {fit.train.name}")
     return layers
 
 
@@ -250,12 +242,28 @@ def check_fit(train: Any, levels: int) -> None:
       UserError: no labels, or images of a size that it does not take.
     """
     if problem := classifier.Design(tuple(train.image_shape), levels, train.num_classes).problem():
-        raise UserError(f"config.eval.network: a classifier of {train.name}: {problem}; set inception or dinov2")
+        raise UserError(f"config.eval.network: a classifier of {train.name}: {problem}; set inception, dinov2 or none")
 
 
 def _classifier(kind: str, fit: Fit) -> FeatureNet:
     check_fit(fit.train, fit.levels)
-    layers, design = _fitted(fit), fit.design
+    layers = _fitted(fit)
+    return _network(kind, layers, fit.design, fit.accuracy(layers))
+
+
+def _kept_classifier(weights: str | None) -> FeatureNet:
+    """Of the file that a run left."""
+    if weights is None:
+        raise UserError("--network=classifier: of a run: --weights=WORKDIR/features-classifier.npz")
+    path = names.resolve(weights)
+    try:
+        layers, design = classifier.of_file(epath.Path(path).read_bytes())
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{path}: no classifier of a run ({e}); its workdir has one: features-classifier.npz") from None
+    return _network("classifier", layers, design, None)
+
+
+def _network(kind: str, layers: Any, design: classifier.Design, accuracy: str | None) -> FeatureNet:
     name = f"{'digits ' if kind == 'digits' else ''}classifier, {design.features} features"
 
     def apply(images: np.ndarray) -> Vectors:
@@ -270,10 +278,10 @@ def _classifier(kind: str, fit: Fit) -> FeatureNet:
         100.0,
         apply,
         kind=kind,
-        levels=fit.levels,
+        levels=design.levels,
         resize="none" if design.factor == 1 else f"mean of {design.factor} x {design.factor}",
         fitted=True,
-        accuracy=fit.accuracy(layers),
+        accuracy=accuracy,
     )
 
 
@@ -299,7 +307,7 @@ def check(name: str, weights: str | None) -> None:
       UserError: names the file to fetch and where to put it.
     """
     if name not in NETWORKS:
-        raise UserError(f"config.eval.network: {name!r}; allowed: {', '.join(NETWORKS)}")
+        raise UserError(f"config.eval.network: {name!r}; allowed: {', '.join(NETWORKS)}, none")
     file_of(name, weights)
 
 
@@ -307,7 +315,8 @@ def get_features(name: str, fit: Fit | None = None, weights: str | None = None) 
     """The feature network `name`.
 
     Args:
-      name: of NETWORKS. fit: of those of FITTED. weights: WHAT of the network's file; None: its known name.
+      name: of NETWORKS. fit: of those of FITTED; None: the classifier that a run left in the file `weights`.
+      weights: WHAT of the network's file; None: its known name.
 
     Raises:
       UserError: unknown name, or weights that are absent or do not fit.
@@ -315,5 +324,4 @@ def get_features(name: str, fit: Fit | None = None, weights: str | None = None) 
     check(name, weights)
     if name not in FITTED:
         return RELEASED[name](weights)
-    assert fit is not None
-    return _classifier(name, fit)
+    return _kept_classifier(weights) if fit is None else _classifier(name, fit)

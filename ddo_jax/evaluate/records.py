@@ -113,7 +113,7 @@ class Evaluation:
     """The numbers of one set of images.
 
     Attributes:
-      metric: the one that selects. values: {name: number}, all of them.
+      metric: the one that selects; "" where nothing is scored. values: {name: number}, all of them.
       protocol: how they were made.
       phase, step, images: where in a run: directory, optimizer steps, real images seen; or what was scored.
     """
@@ -126,9 +126,9 @@ class Evaluation:
     images: int = 0
 
     @property
-    def score(self) -> float:
-        """What selects."""
-        return self.values[self.metric]
+    def score(self) -> float | None:
+        """What selects; None where nothing is scored."""
+        return self.values[self.metric] if self.metric else None
 
     def record(self) -> dict:
         """One line of evals.jsonl."""
@@ -185,12 +185,13 @@ class Round:
 
     Attributes:
       number: from 1. improved: whether its best is better than its reference; else that one is kept.
-      start: the reference's own score. candidate: directory of the best candidate. best: its best evaluation.
+      start: the reference's own score, None where nothing is scored. candidate: directory of the best candidate.
+      best: its best evaluation.
     """
 
     number: int
     improved: bool
-    start: float
+    start: float | None
     candidate: str
     best: Evaluation
 

@@ -26,6 +26,7 @@ Draws = PyTree  # all randomness of a paired evaluation
 HALF = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}  # the dtypes below float32 that a config may name
 
 # config.sampler: how images are made, in rounds and for reports. A family refuses what is not its own.
+PHASES = ("pretrain", "adapt", "ddo", "control")  # sections of a config that train
 DIFFUSION_SAMPLER = dict(
     solver="heun",  # heun | dpmv3; `rho` and `s_...` are Heun's
     num_steps=18,

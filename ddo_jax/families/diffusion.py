@@ -14,11 +14,22 @@ import jax.numpy as jnp
 
 from ddo_jax.core import ddo, dpm_solver, edm, samplers
 from ddo_jax.errors import UserError
-from ddo_jax.families.base import DIFFUSION_SAMPLER, HALF, Draws, Examples, Family, Guidance, PyTree, Spec, own_settings
+from ddo_jax.families.base import (
+    DIFFUSION_SAMPLER,
+    HALF,
+    PHASES,
+    Draws,
+    Examples,
+    Family,
+    Guidance,
+    PyTree,
+    Spec,
+    own_settings,
+)
 
 LEAST_STEPS = {"dpmv3": 2}  # one step is D at sigma_max: the mean image
 MOST_STEPS = 10_000
-CONFIG_KEYS = {f"{phase}.{key}" for phase in ("pretrain", "ddo", "control") for key in ("p_mean", "p_std")}
+CONFIG_KEYS = {f"{phase}.{key}" for phase in PHASES for key in ("p_mean", "p_std")}
 CONFIG_KEYS |= {"ddo.p_std_from", *(f"sampler.{key}" for key in DIFFUSION_SAMPLER)}
 
 

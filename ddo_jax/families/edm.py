@@ -36,11 +36,13 @@ def build_network(model: Any, remat: bool = False) -> networks.EDMPrecond:
     Raises:
       UserError: unknown architecture, or an argument the network refuses.
     """
-    if model["arch"] not in ("mlp", "SongUNet", "DhariwalUNet"):
-        raise UserError(f"config.model.arch: {model['arch']!r}; allowed: mlp, SongUNet, DhariwalUNet")
+    ours = model["arch"] in mlp.NETWORKS
+    if not ours and model["arch"] not in networks.NETWORKS:
+        allowed = ", ".join([*mlp.NETWORKS, *networks.NETWORKS])
+        raise UserError(f"config.model.arch: {model['arch']!r}; allowed: {allowed}")
     arguments = released_arguments(model)
     try:
-        return mlp.from_config(arguments) if model["arch"] == "mlp" else networks.from_config(arguments, remat=remat)
+        return mlp.from_config(arguments) if ours else networks.from_config(arguments, remat=remat)
     except (TypeError, ValueError) as e:
         raise UserError(f"config.model ({model['arch']}): {e}") from None
 
@@ -61,7 +63,7 @@ class EDM(Diffusion):
     @property
     def kind(self) -> str:
         """Of its files."""
-        return "mlp" if self.model["arch"] == "mlp" else "edm"
+        return "mlp" if self.model["arch"] in mlp.NETWORKS else "edm"
 
     def augment(self, examples: Examples, key: jax.Array) -> Examples:
         """EDM's pipeline (specs/edm.md section 13): the images are transformed, the network is told how."""

@@ -30,6 +30,17 @@ class AdaLNBlock(nn.Module):
         return h + Linear(width, name="dense1")(u)
 
 
+def embedding(width: int, num_classes: int, c_noise, labels):
+    """[B or 1, width] of noise level and class, as the mapping of SongUNet; called in the scope of a network."""
+    noise_width = width // 2
+    e = PositionalEmbedding(noise_width, endpoint=True, name="map_noise")(c_noise)
+    if num_classes:
+        labels = labels.astype(e.dtype) * math.sqrt(num_classes)  # unit variance, as in SongUNet
+        e = e + Linear(noise_width, name="map_label")(labels)
+    e = nn.silu(Linear(width, name="map_layer0")(e))
+    return nn.silu(Linear(width, name="map_layer1")(e))
+
+
 class ResidualMLP(nn.Module):
     """x [B,H,W,C], c_noise [B or 1], labels one-hot [B or 1, num_classes] -> F [B,H,W,C] in the dtype of x.
 
@@ -46,14 +57,7 @@ class ResidualMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x, c_noise, labels, augment_labels=None, train: bool = False):
-        noise_width = self.width // 2
-        e = PositionalEmbedding(noise_width, endpoint=True, name="map_noise")(c_noise)
-        if self.num_classes:
-            labels = labels.astype(e.dtype) * math.sqrt(self.num_classes)  # unit variance, as in SongUNet
-            e = e + Linear(noise_width, name="map_label")(labels)
-        e = nn.silu(Linear(self.width, name="map_layer0")(e))
-        emb = nn.silu(Linear(self.width, name="map_layer1")(e))
-
+        emb = embedding(self.width, self.num_classes, c_noise, labels)
         h = Linear(self.width, name="input")(x.reshape(x.shape[0], -1))
         for i in range(self.blocks):
             h = AdaLNBlock(name=f"block{i}")(h, emb)

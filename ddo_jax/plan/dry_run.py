@@ -13,12 +13,12 @@ from ddo_jax.errors import UserError
 from ddo_jax.evaluate import features
 from ddo_jax.families import get_family
 from ddo_jax.plan import memory
-from ddo_jax.run import state
+from ddo_jax.run import fill, scoring, state
 from ddo_jax.run.checks import check_network
 from ddo_jax.store import classes, load
 
 EACH_ROUND = "each round"
-PASSES = {"pretrain": 3, "ddo": 8, "control": 3}  # phases in order; see `work`
+PASSES = {"pretrain": 3, "adapt": 3, "ddo": 8, "control": 3}  # phases in order; see `work`
 SHOW_HOURS = "--images_per_s=TRAIN[,SAMPLE] (real images of DDO steps a second, all devices; images sampled a second)"
 
 
@@ -55,6 +55,7 @@ def plan(config: ConfigDict, workdir: str, images_per_s: list[str] | None = None
       UserError: the config cannot run, or `images_per_s` is not one or two numbers.
     """
     devices = jax.devices()
+    config = fill.filled(config, workdir)
     family, settings, mesh = check_network(config)
     rates = throughput(images_per_s)
     found = at_hand(config, family)
@@ -111,6 +112,8 @@ def at_hand(config, family) -> dict[str, tuple[str, int]]:
         return text, len(source)
 
     def scores():
+        if config.eval.network == scoring.NOTHING:
+            return "none: nothing is scored, a round ends at its length", 0
         features.check(config.eval.network, config.eval.weights)
         return f"{config.eval.network}, at hand", 0
 
@@ -192,6 +195,8 @@ def _candidates(config, section: str) -> int:
     """Trainings of a phase: of the pretraining, of one round, of the control; 0 if it is off."""
     if section == "pretrain":
         return int(config.init == "scratch")
+    if section == "adapt":
+        return int(configs.is_set(config.adapt.length))
     if section == "ddo":
         return len(config.ddo.alpha) * len(config.ddo.beta) if config.ddo.rounds else 0
     return len(config.control.lrs) if config.control.enabled and config.ddo.rounds else 0
@@ -203,6 +208,9 @@ def _phases(config, examples: int) -> list[str]:
         lines.append(f"pretrain     {_total(config, 'pretrain', examples)} steps of {config.pretrain.batch} images")
     else:
         lines.append(f"start        {config.init}")
+    if _candidates(config, "adapt"):
+        steps = _total(config, "adapt", examples)
+        lines.append(f"adapt        {steps} steps of {config.adapt.batch} images, what depends on classes drawn anew")
     c, grid, steps = config.ddo, _candidates(config, "ddo"), _total(config, "ddo", examples)
     if c.rounds:
         evaluations = 1 + grid * _times(config, "ddo", examples, "eval_every")

@@ -17,6 +17,7 @@ from ddo_jax.report import plots
 NAMES = {"start": "start (pretrained)", "ddo": "after DDO", "control": "control (continued MLE)"}
 
 
+HELD_OUT, AMONG = "held-out images", "training images from one another"  # rows without a model
 UNDER = ", "  # between a system and the sampler settings it is scored under, where they are not the run's own
 
 
@@ -92,6 +93,8 @@ def shared_protocol(scores: dict[str, Scores]) -> str:
 def summary_lines(scores: dict[str, Scores], rounds: list[Round]) -> str:
     """The result in words, from the numbers."""
     metric = scores["start"].evals[0].metric
+    if not metric:
+        return UNSCORED
 
     def mean(system):
         return statistics.fmean(e.score for e in scores[system].evals)
@@ -109,13 +112,20 @@ def summary_lines(scores: dict[str, Scores], rounds: list[Round]) -> str:
     return "\n".join(f"* {line}" for line in lines)
 
 
+UNSCORED = (
+    "* Nothing was scored (`eval.network = none`): no number chose between checkpoints, every round ended at its "
+    "length and its last checkpoint was taken. Whether DDO helped is for the eye to say, by the pictures below."
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """All that a finished run shows.
 
     Attributes:
-      config: of the run. scores: {"start" | "ddo" | "control" | "held-out images" | one of them under other settings}.
+      config: of the run. scores: {"start" | "ddo" | "control" | HELD_OUT | AMONG | one of them under other settings}.
       rounds: in order. curves: of every candidate. ratios: at every round's best. grids: {system: images}, same seeds.
+      notes: sentences on the run that a reader must know beside its numbers.
     """
 
     config: Any
@@ -124,6 +134,7 @@ class Report:
     curves: list[plots.Curve]
     ratios: list[plots.Ratios]
     grids: dict[str, np.ndarray]
+    notes: tuple[str, ...] = ()
 
     def write(self, directory: epath.PathLike) -> epath.Path:
         """report.md and its pictures; the path of report.md."""
@@ -158,7 +169,7 @@ def _png(figure: Figure) -> bytes:
 
 NEAREST = (
     " The last column is the mean distance of an image to its nearest training image, of up to 10,000 (far below that "
-    "of held-out images would mean copying)."
+    "of real images, the last row, would mean copying)."
 )
 CAPTIONS = {
     "samples": "The same seeds and labels before and after (rows: seeds; columns: classes, where there are any).",
@@ -169,6 +180,18 @@ CAPTIONS = {
 }
 
 
+def _about_numbers(config, scores: dict[str, Scores]) -> str:
+    """What the columns of the score table are."""
+    metric, nearest = scores["start"].evals[0].metric, NEAREST * _compared(scores)
+    if not metric:
+        return nearest.strip()
+    return (
+        f"Mean ± standard deviation over {config.eval.report_seeds} ranges of sampling seeds that chose nothing. "
+        f"`{metric}` is the Fréchet distance to the training images (lower is better), "
+        f"`accuracy` the share of images that the feature network puts into their own class.{nearest}"
+    )
+
+
 def _text(report: Report, pictures: list[str]) -> str:
     config, scores, rounds = report.config, report.scores, report.rounds
     parts = [
@@ -176,11 +199,8 @@ def _text(report: Report, pictures: list[str]) -> str:
         summary_lines(scores, rounds),
         "## Numbers",
         score_table(scores),
-        f"Mean ± standard deviation over {config.eval.report_seeds} ranges of sampling seeds that chose nothing. "
-        f"`{scores['start'].evals[0].metric}` is the Fréchet distance to the training images (lower is better), "
-        "`accuracy` the share of images that the feature network puts into their own class."
-        + NEAREST
-        * _compared(scores),
+        _about_numbers(config, scores),
+        *report.notes,
     ]
     if config.remark:
         parts.append(config.remark)

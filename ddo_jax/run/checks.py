@@ -10,14 +10,17 @@ from ddo_jax import config as configs
 from ddo_jax import limits, sharding
 from ddo_jax.convert import names
 from ddo_jax.data import sources
+from ddo_jax.data.tree import warn
 from ddo_jax.errors import UserError, one_line
 from ddo_jax.evaluate import features
 from ddo_jax.families import Family, get_family
+from ddo_jax.families.base import PHASES
 from ddo_jax.generate.seeds import SEEDS
 from ddo_jax.run import scoring
 from ddo_jax.store import classes, load
 
 MOST_GRID = 10_000  # images of one picture
+FEW = 500  # images that a network may learn by heart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +65,21 @@ def check(config) -> Checked:
     """
     family, settings, mesh = check_network(config)
     if config.eval.network == "digits" and config.data.name != "digits":
-        raise UserError(f"config.eval.network: 'digits' judges digits only, not {config.data.name}; allowed: inception")
+        allowed = "classifier (of labelled images), inception, dinov2, none"
+        raise UserError(f"config.eval.network: 'digits' judges digits only, not {config.data.name}; allowed: {allowed}")
     scoring.check_metrics(config)
     init = None if config.init == "scratch" else find_start(config.init)
     family.companions()
     data = sources.of_config(config, config.data.split)
     check_data(config, family, data)
+    if init is not None and configs.is_set(config.adapt.length):
+        load.donor(init, family)
     check_sizes(config, family, len(data))
+    if len(data) < FEW:
+        warn(
+            f"{data.name}: {len(data)} images, fewer than {FEW}: a network may learn them by heart; the report has the "
+            "distance of samples to the nearest of them"
+        )
     classes.look(config, family, data)
     if config.eval.network == "classifier":
         features.check_fit(data, config.model.levels)
@@ -81,7 +92,8 @@ def check(config) -> Checked:
     if config.eval.reference:
         names.resolve(config.eval.reference)
     _refuse_latents(latent and config.data.flip, "data.flip", True, "False, a mirrored latent is not the mirror's")
-    _refuse_latents(latent and not config.eval.reference, "eval.reference", "unset", "statistics of real images")
+    unknown = latent and not config.eval.reference and config.eval.network != scoring.NOTHING
+    _refuse_latents(unknown, "eval.reference", "unset", "statistics of real images")
     return Checked(family, settings, mesh, data, init)
 
 
@@ -109,6 +121,7 @@ def check_data(config, family, data) -> None:
       UserError: they have not; says what to set, or how to make them so.
     """
     spec = family.spec
+    configs.require(len(data) > 1, "data.name", config.data.name, "two images or more; this set has one")
     if spec.kind(data.image_shape) is None:
         mend = "set model.img_resolution and model.img_channels"
         if len(data.image_shape) == 3 and data.image_shape[0] != data.image_shape[1]:
@@ -152,7 +165,7 @@ def check_sizes(config, family, examples: int) -> None:
     """
     check_parameters(family)
     shape = family.spec.data[-1].shape
-    for phase in ("pretrain", "ddo", "control"):
+    for phase in PHASES:
         rows = config[phase].batch // config[phase].accumulation
         limits.check_batch(f"config.{phase}.batch (per micro-batch)", rows, shape, "training")
     limits.check_batch("config.eval.batch", config.eval.batch, family.spec.image_shape, "sampling")

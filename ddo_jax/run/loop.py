@@ -232,8 +232,9 @@ class _Loop:
                 files.write_bytes(directory / f"{done:08d}.png", png(images, setup.family.spec.levels))
             score = found.score
             self.evals.append(found)
-            self.log.write({"phase": phase.name, "step": done, f"eval/{found.metric}": score})
-            self.text = f"{self.text.partition('  |')[0]}  | {found.metric} {score:.3f}"
+            if score is not None:
+                self.log.write({"phase": phase.name, "step": done, f"eval/{found.metric}": score})
+                self.text = f"{self.text.partition('  |')[0]}  | {found.metric} {score:.3f}"
         meta = {"step": done, "evals": [e.record() for e in self.evals]}
         self.checkpoints.save(done, training_state, meta, score)
         self.began = time.monotonic()
@@ -251,6 +252,8 @@ def result_of(phase: Phase, evals: list[Evaluation]) -> dict:
 
 
 def best_of(evals: list[Evaluation]) -> Evaluation | None:
-    """The evaluation with the lowest score; the earliest of equals."""
+    """The evaluation with the lowest score, the earliest of equals; the last one where nothing is scored."""
+    if evals and evals[-1].score is None:
+        return evals[-1]
     finite = [e for e in evals if np.isfinite(e.score)]
     return min(finite, key=lambda e: e.score, default=None)

@@ -7,11 +7,12 @@ import numpy as np
 from etils import epath
 
 from ddo_jax.data import sources
-from ddo_jax.evaluate.neighbours import nearest_distance, some_images
+from ddo_jax.evaluate.neighbours import distance_among, nearest_distance, some_images
 from ddo_jax.evaluate.records import Evaluation, Round
 from ddo_jax.generate.seeds import seed_range
 from ddo_jax.report import plots, report
 from ddo_jax.run import jobs, publish, record, rounds
+from ddo_jax.run.checks import FEW
 from ddo_jax.run.prepare import Setup, prepare
 from ddo_jax.run.scoring import evaluations
 
@@ -24,7 +25,8 @@ def run(config, workdir: epath.PathLike) -> epath.Path:
     """
     console = record.Console()
     setup = prepare(config, workdir, console)
-    start = rounds.pretrain(setup) if setup.init is None else setup.init
+    config = setup.config
+    start = rounds.begin(setup)
     systems = {"start": start}
     final_scores(setup, "start", start)
     ref, played = start, []
@@ -38,7 +40,7 @@ def run(config, workdir: epath.PathLike) -> epath.Path:
         systems["control"], _ = rounds.control(setup, start)
     scores = {name: final_scores(setup, name, params) for name, params in systems.items()}
     scores |= other_scores(setup, systems)
-    scores |= held_out_scores(setup)
+    scores |= yardstick(setup)
     publish.publish_views(setup)
     publish.publish_best(setup, ref)
     path = make_report(setup, systems, scores, played)
@@ -65,8 +67,9 @@ def report_evals(setup: Setup, name: str, params, how: int) -> list[Evaluation]:
     """Evaluations of a system on the report's seed ranges; how: which sampler (see `scoring.Scorer`)."""
     ranges = range(setup.config.eval.report_seeds)
     evals = [setup.scorer(params, (name, 0, 0), "report", i, how)[0] for i in ranges]
-    text = report.mean_and_spread([e.score for e in evals])
-    setup.console.line(f"{report.shown(name)}: {evals[0].metric} {text}")
+    if evals[0].metric:
+        text = report.mean_and_spread([e.score for e in evals])
+        setup.console.line(f"{report.shown(name)}: {evals[0].metric} {text}")
     return evals
 
 
@@ -87,14 +90,37 @@ def other_scores(setup: Setup, systems: dict[str, Any]) -> dict[str, report.Scor
     return {name: report.Scores(evaluations(result)) for name, result in zip(tasks, results, strict=True)}
 
 
-def held_out_scores(setup: Setup) -> dict[str, report.Scores]:
-    """The yardstick: real images the models never saw, by their distance to the nearest training image."""
-    config = setup.config
-    if not config.data.holdout:
+def yardstick(setup: Setup) -> dict[str, report.Scores]:
+    """How far real images are from the nearest training image: those that the models never saw, or, where no images are
+    held out, the training images from one another."""
+    config, levels = setup.config, setup.config.model.levels
+    if config.data.holdout:
+        held_out = sources.of_config(config, config.data.holdout)
+        images = [some_images(source) for source in (held_out, setup.data)]
+        return {report.HELD_OUT: report.Scores([], nearest_distance(*images, levels))}
+    if setup.family.spec.kind(setup.data.image_shape) != "pixels":
         return {}
-    held_out = sources.of_config(config, config.data.holdout)
-    images = [some_images(source) for source in (held_out, setup.data)]
-    return {"held-out images": report.Scores([], nearest_distance(*images, config.model.levels))}
+    return {report.AMONG: report.Scores([], distance_among(some_images(setup.data), levels))}
+
+
+def notes(setup: Setup, scores: dict[str, report.Scores]) -> tuple[str, ...]:
+    """What the reader of the report must know beside its numbers."""
+    found = []
+    if setup.drawn is not None:
+        new = f"drawn anew for {setup.family.spec.num_classes} classes: {', '.join(setup.drawn)}; all else was kept"
+        found.append(
+            f"The start is `{setup.config.init}` after MLE on {setup.data.name} (`config.adapt`); "
+            f"{new if setup.drawn else 'all of its parameters were kept'}."
+        )
+    last = scores.get("ddo", scores["start"]).nearest
+    real = next((name for name in (report.HELD_OUT, report.AMONG) if name in scores), None)
+    if len(setup.data) < FEW and last is not None and real is not None:
+        found.append(
+            f"{setup.data.name} has {len(setup.data)} images, fewer than {FEW}: a network may learn them by heart. Its "
+            f"samples are {last:.3f} from the nearest training image, {real} {scores[real].nearest:.3f}; far below "
+            "that they are copies."
+        )
+    return tuple(found)
 
 
 def samples(setup: Setup, params, num: int) -> np.ndarray:
@@ -106,6 +132,8 @@ def samples(setup: Setup, params, num: int) -> np.ndarray:
 def training_curves(setup: Setup, played: list[Round]) -> list[plots.Curve]:
     """Every candidate's evaluations; the rounds one after the other from the start on."""
     results, curves, offset = publish.finished(setup.workdir), [], 0
+    if any(r.start is None for r in played):  # nothing was scored
+        return []
     for r in played:
         prefix = f"rounds/{r.number:03d}/"
         length = 0
@@ -136,5 +164,6 @@ def make_report(setup: Setup, systems: dict, scores: dict, played: list[Round]) 
     ratios = [plots.Ratios(number, result["real"], result["fake"]) for number, result in found if result is not None]
     if jax.process_index() != 0:
         return directory / "report.md"
-    shown = report.Report(setup.config, scores, played, training_curves(setup, played), ratios, grids)
+    about = notes(setup, scores)
+    shown = report.Report(setup.config, scores, played, training_curves(setup, played), ratios, grids, about)
     return shown.write(directory)

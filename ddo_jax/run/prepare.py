@@ -8,11 +8,12 @@ import jax
 import numpy as np
 from etils import epath
 
+from ddo_jax import config as configs
 from ddo_jax import files, sharding
 from ddo_jax.data import sources
 from ddo_jax.families import Family
 from ddo_jax.generate.sampler import make_sampler
-from ddo_jax.run import checks, jobs, record, reference_scores, scoring, state, step
+from ddo_jax.run import checks, fill, jobs, record, reference_scores, scoring, state, step
 from ddo_jax.store import classes, load
 from ddo_jax.store import workdir as workdirs
 from ddo_jax.store.checkpoint import weights_digest
@@ -44,7 +45,8 @@ class Setup:
     Attributes:
       config, workdir, mesh: of the run. family, frozen: of its network.
       data: source of real images. training_data: what training reads: data, or its tokens.
-      programs, scorer: see there. init: parameters to start from; None: from scratch.
+      programs, scorer: see there. init: parameters to start from; None: from scratch. drawn: those of them that were
+        drawn anew, for other classes; None where none are adapted.
     """
 
     config: Any
@@ -58,6 +60,7 @@ class Setup:
     scorer: scoring.Scorer
     console: record.Console
     init: Any = None
+    drawn: tuple[str, ...] | None = None
 
 
 def prepare(config, workdir: epath.PathLike, console: record.Console) -> Setup:
@@ -66,14 +69,12 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> Setup:
     Raises:
       UserError: see `checks.check`, `store.workdir.open_workdir`.
     """
+    config = fill.filled(config, workdir, console.line)
     checked = checks.check(config)
     family, mesh, data = checked.family, checked.mesh, checked.data
-    if checked.init is not None:
-        params, own = load.parameters(checked.init, family, mesh)
-    else:
-        params, own = None, initial_frozen(family, mesh, config.seed)
+    params, own, drawn, digest = _start(config, checked, console)
     frozen = load.complete(family, mesh, own)
-    inputs = {"data": data.fingerprint, "start": "scratch" if params is None else weights_digest(params)}
+    inputs = {"data": data.fingerprint, "start": digest}
     inputs |= {name: weights_digest(frozen[name]) for name in frozen if name not in own}
     inputs |= scoring.scoring_inputs(config)
     workdir = workdirs.open_workdir(config, workdir, inputs)
@@ -105,7 +106,25 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> Setup:
         scorer=scorer,
         console=console,
         init=params,
+        drawn=drawn,
     )
+
+
+def _start(config, checked: checks.Checked, console) -> tuple[Any, Any, tuple[str, ...] | None, str]:
+    """(parameters or None: from scratch, frozen, what was drawn anew for other classes, digest of what was given)."""
+    family, mesh = checked.family, checked.mesh
+    if checked.init is None:
+        return None, initial_frozen(family, mesh, config.seed), None, "scratch"
+    if not configs.is_set(config.adapt.length):
+        params, frozen = load.parameters(checked.init, family, mesh)
+        return params, frozen, None, weights_digest(params)
+    donor = load.donor(checked.init, family)
+    given, frozen = load.parameters(checked.init, donor, mesh)
+    fresh = sharding.place(mesh, jax.jit(lambda key: family.init(key)[0])(state.derive(config.seed, "init")))
+    params, drawn = load.graft(given, fresh)
+    anew = f"drawn anew: {', '.join(drawn)}" if drawn else "nothing is drawn anew"
+    console.line(f"adapting {config.init} to {checked.data.name}, {family.spec.num_classes} classes; {anew}")
+    return params, frozen, drawn, weights_digest(given)
 
 
 def initial_frozen(family: Family, mesh, seed: int):

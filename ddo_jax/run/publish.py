@@ -16,7 +16,7 @@ from ddo_jax.store.checkpoint import Checkpoints, read_meta, weights_digest
 
 def finished(workdir: epath.Path) -> dict[str, dict]:
     """{relative directory: result} of every finished task, in the order of the run."""
-    directories = [workdir / "pretrain"]
+    directories = [workdir / "pretrain", workdir / "adapt"]
     for number in files.matching(workdir / "rounds", "*"):
         directories += files.matching(number, "*")
     directories += [*files.matching(workdir / "control", "*"), *files.matching(workdir / "report" / "scores", "*")]

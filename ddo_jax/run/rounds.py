@@ -101,15 +101,20 @@ def abstract_params(setup: Setup):
 # -- the start --------------------------------------------------------------------------------------------
 
 
-def pretrain(setup: Setup):
-    """MLE from scratch; the EMA parameters at its end."""
-    seed = setup.config.seed
+def begin(setup: Setup):
+    """What the rounds start from: trained from scratch, or given, and then adapted if the config says so."""
+    if setup.init is None:
+        return trained(setup, "pretrain", jax.jit(setup.family.init)(state.derive(setup.config.seed, "init"))[0])
+    return trained(setup, "adapt", setup.init) if configs.is_set(setup.config.adapt.length) else setup.init
+
+
+def trained(setup: Setup, section: str, start):
+    """MLE of a section of the config; the EMA parameters at its end."""
+    directory = setup.workdir / section
 
     def run():
-        params, _ = jax.jit(setup.family.init)(state.derive(seed, "init"))
-        return loop.train(phase(setup, "pretrain", "pretrain", params, seed=seed), setup)
+        return loop.train(phase(setup, section, section, start, seed=setup.config.seed), setup)
 
-    directory = setup.workdir / "pretrain"
     (result,) = divide(setup, [jobs.Task(directory, run)])
     return restore_ema(directory / "checkpoints", result["steps"], abstract_params(setup))
 
@@ -253,8 +258,11 @@ def _compete(setup: Setup, name: str, index: int, ref) -> Round:
 
     divide(setup, [jobs.Task(directory / "ratios", measure)])
     before, after = evaluation(start).score, best.evaluation.score
-    improved = after < before
-    text = f"{best.evaluation.metric} {before:.3f} -> {after:.3f} ({best.candidate}, step {best.evaluation.step})"
+    improved = before is None or after < before
+    which = f"{best.candidate}, step {best.evaluation.step}"
+    text = f"{which}; nothing is scored: its last checkpoint is taken"
+    if before is not None:
+        text = f"{best.evaluation.metric} {before:.3f} -> {after:.3f} ({which})"
     setup.console.line(f"{name}: {text}{'' if improved else '; not better: the reference is kept'}")
     return Round(index + 1, improved, before, best.candidate, best.evaluation)
 

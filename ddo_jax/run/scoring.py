@@ -25,19 +25,27 @@ from ddo_jax.store.checkpoint import weights_digest
 SELECTING = ("fid", "sfid", "fd_dinov2", "kid")  # lower is better in all of them
 
 
-def select_metric(config) -> str:
-    """The metric that selects (of `collect.METRICS`)."""
+NOTHING = "none"  # eval.network: nothing is scored
+
+
+def select_metric(config) -> str | None:
+    """The metric that selects (of `collect.METRICS`); None where nothing is scored."""
+    if config.eval.network == NOTHING:
+        return None
     return config.eval.select or ("fd_dinov2" if config.eval.network == "dinov2" else "fid")
 
 
 def report_metrics(config) -> list[str]:
     """What the report scores, the selecting one first."""
-    return list(dict.fromkeys([select_metric(config), *config.eval.metrics]))
+    first = select_metric(config)
+    return [] if first is None else list(dict.fromkeys([first, *config.eval.metrics]))
 
 
 def networks_of(config) -> dict[str, tuple[str, str | None]]:
     """{MAIN | DINOV2: (name, WHAT of its weights)} of the feature networks that a run needs."""
     c = config.eval
+    if c.network == NOTHING:
+        return {}
     main = (c.network, c.weights)
     if c.network == "dinov2":
         return {DINOV2: main}
@@ -53,6 +61,9 @@ def check_metrics(config) -> None:
     Raises:
       UserError: names key and value.
     """
+    if config.eval.network == NOTHING:
+        _check_unscored(config)
+        return
     configs.require(select_metric(config) in SELECTING, "eval.select", config.eval.select, ", ".join(SELECTING))
     for metric in config.eval.metrics:
         configs.require(metric in collect.METRICS, "eval.metrics", metric, ", ".join(collect.METRICS))
@@ -68,12 +79,26 @@ def check_metrics(config) -> None:
     collect.check([select_metric(config)], e.select_num or e.num)
 
 
+def _check_unscored(config) -> None:
+    """Where nothing is scored, nothing can be chosen."""
+    allowed = f"{{}}: eval.network = {NOTHING!r} scores nothing"
+    for key, nothing in (("select", None), ("metrics", ()), ("reference", None), ("weights", None)):
+        value = config.eval[key]
+        configs.require(value == nothing, f"eval.{key}", value, allowed.format("unset" if nothing is None else nothing))
+    trained = [("ddo", "alpha"), ("ddo", "beta")] if config.ddo.rounds else []
+    trained += [("control", "lrs")] if config.ddo.rounds and config.control.enabled else []
+    for section, key in trained:
+        value = config[section][key]
+        one = f"one value: eval.network = {NOTHING!r} scores nothing, so that nothing could choose"
+        configs.require(len(value) == 1, f"{section}.{key}", value, one)
+
+
 def scoring_inputs(config) -> dict[str, str]:
     """Fingerprints of the files that a run is judged by: the feature network's weights, the reference's statistics."""
     found = {}
-    weights = features.file_of(config.eval.network, config.eval.weights)
-    if weights is not None:
-        found["features"] = f"{config.eval.network} {files.digest(weights)}"
+    for name, weights in list(networks_of(config).values())[:1]:
+        path = features.file_of(name, weights)
+        found |= {} if path is None else {"features": f"{name} {files.digest(path)}"}
     if config.eval.reference:
         path = names.resolve(config.eval.reference)
         found |= {"reference": files.digest(path)} if Path(path).is_file() else {}
@@ -115,6 +140,8 @@ def open_evaluator(config, workdir: epath.Path, family: Family, data) -> Evaluat
         for owner, (name, weights) in networks_of(config).items()
     }
     wanted, found = report_metrics(config), {}
+    if not networks:
+        return Evaluator({}, {})
     lengths = collect.probe(networks, wanted, family.spec.image_shape)
     for name, source in reals.items():
         if name == "train" and config.eval.reference:
@@ -184,7 +211,7 @@ class Scorer:
             "labels": balanced_rule(self.classes) if spec.num_classes else "none",
             "quantised_to": f"uint8, {spec.levels} levels",
             "weights": weights_digest(params),
-            "ema": "; ".join(f"{section}: {ema_length(self.config[section])}" for section in ("pretrain", "ddo")),
+            "ema": "; ".join(f"{section}: {ema_length(self.config[section])}" for section in self._averaged()),
             "sampler": settings.record(),
             "nfe": settings.nfe,
             "guidance": self._guidance(settings),
@@ -194,9 +221,13 @@ class Scorer:
         }
         images = Images(at[0], len(seeds), spec.image_shape, spec.levels, spec.num_classes, kept, made)
         wanted = report_metrics(self.config) if purpose == "report" else [select_metric(self.config)]
-        found = self.evaluator.score(images, wanted)
+        found = self.evaluator.score(images, [metric for metric in wanted if metric])
         phase, step, seen = at
         return dataclasses.replace(found, phase=phase, step=step, images=seen), kept.images()
+
+    def _averaged(self) -> tuple[str, ...]:
+        """The sections whose averages are judged."""
+        return ("pretrain", "ddo") if not configs.is_set(self.config.adapt.length) else ("adapt", "ddo")
 
     def _guidance(self, settings) -> dict | None:
         g, strength = self.family.spec.guidance, self.family.strength(settings)

@@ -41,6 +41,15 @@ def look(config, family, data) -> None:
             "not evaluated"
         )
     some = counts[counts > 0]
+    if some.min() == 1:
+        alone = np.flatnonzero(counts == 1)
+        shown = ", ".join(_named(data, i) for i in alone[:5]) + (", ..." if len(alone) > 5 else "")
+        warn(f"{data.name}: one image in each of {len(alone)} classes ({shown}): samples of them can only be copies")
+    least = {"ddo.batch": config.ddo.batch, "ddo.pool": config.ddo.pool, "eval.num": config.eval.num}
+    least |= {"eval.select_num": config.eval.select_num or config.eval.num}
+    short = [f"{key} = {value}" for key, value in least.items() if 0 < value < len(some)]
+    if short:
+        warn(f"{data.name}: {len(some)} classes, more than {', '.join(short)}: not every class is in each of them")
     pooled = config.objective == "ddo" and config.ddo.pool > 0 and config.ddo.pool_labels == "balanced"
     if pooled and config.ddo.rounds and some.max() >= UNEVEN * some.min():
         least, most = (int(np.flatnonzero(counts == n)[0]) for n in (some.min(), some.max()))

@@ -112,28 +112,69 @@ def class_table(found: Ours | convert.Released) -> list[dict]:
     return classes.of_metadata(found.extras.get("metadata", {}))
 
 
+def _named(params) -> dict[str, Any]:
+    """{"net.input.weight": leaf}."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _difference(family: Family, wanted) -> str:
+    """The first parameter in which a family's network is not `wanted`, in words; "" if it is."""
+    have, want = (
+        {name: leaf.shape for name, leaf in _named(params).items()}
+        for params in (jax.eval_shape(family.init, jax.random.key(0))[0], wanted)
+    )
+    differing = [name for name in {**want, **have} if have.get(name) != want.get(name)]
+    if not differing:
+        return ""
+    name = differing[0]
+    there, here = (f"shape {shapes[name]}" if name in shapes else "absent" for shapes in (have, want))
+    return f"parameter {name} is {there} there and {here} here ({len(differing)} differ)"
+
+
 def _check_architecture(found: Ours, wanted) -> None:
     """A run's network must have the parameters of `wanted`; Orbax would speak of damage.
 
     Raises:
       UserError: names the first parameter that differs.
     """
-    theirs = jax.eval_shape(family_of(found).init, jax.random.key(0))[0]
-    have, want = (
-        {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (theirs, wanted))
-    )
-    differing = [name for name in {**want, **have} if have.get(name) != want.get(name)]
-    if not differing:
-        return
-    name = differing[0]
-    there, here = (f"shape {shapes[name]}" if name in shapes else "absent" for shapes in (have, want))
-    label_dim = found.config.model.get("label_dim")
-    raise UserError(
-        f"{found.checkpoints}: parameter {name} is {there} there and {here} here ({len(differing)} differ): a network "
-        f"of other arguments; set config.family and config.model as in {found.root / 'config.json'} (label_dim "
-        f"{label_dim}), or config.init = 'scratch'"
-    )
+    if difference := _difference(family_of(found), wanted):
+        raise UserError(
+            f"{found.checkpoints}: {difference}: a network of other arguments; set config.family and config.model as "
+            f"in {found.root / 'config.json'} (label_dim {found.config.model.get('label_dim')}), set "
+            "config.adapt.length if only the classes are others, or config.init = 'scratch'"
+        )
+
+
+def donor(found: Ours | convert.Released, family: Family) -> Family:
+    """The family of weights that `family` is adapted from: the same network but for the classes.
+
+    Raises:
+      UserError: it differs in more; names the first parameter.
+    """
+    theirs = family_of(found)
+    wanted = jax.eval_shape(family.init, jax.random.key(0))[0]
+    same = theirs
+    if theirs.spec.num_classes != family.spec.num_classes:
+        same = family_of(found, **{"model.label_dim": family.spec.num_classes})
+    if difference := _difference(same, wanted):
+        raise UserError(
+            f"config.init: {difference}; config.adapt changes the number of classes only: set config.family and the "
+            "rest of config.model as they are in the given network"
+        )
+    return theirs
+
+
+def graft(given, fresh) -> tuple[Any, tuple[str, ...]]:
+    """(parameters of the structure of `fresh`: those of `given` where the shapes agree; the names of the others).
+
+    >>> graft({"a": np.zeros(2), "b": np.zeros(3)}, {"a": np.ones(2), "b": np.ones(4)})[1]
+    ('b',)
+    """
+    have, want = _named(given), _named(fresh)
+    drawn = tuple(name for name, leaf in want.items() if name not in have or have[name].shape != leaf.shape)
+    leaves = [leaf if name in drawn else have[name] for name, leaf in want.items()]
+    return jax.tree.unflatten(jax.tree.structure(fresh), leaves), drawn
 
 
 def parameters(found: Ours | convert.Released, family: Family, mesh) -> tuple[Any, Any]:

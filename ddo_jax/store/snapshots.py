@@ -98,7 +98,7 @@ def find(what: str) -> list[Snapshot]:
     if "://" in what:
         raise UserError(f"{what}: snapshots are read from a local folder; copy them to one first")
     root = Path(os.path.expanduser(what))
-    for directory in (root, root / "snapshots", root / "pretrain" / "snapshots"):
+    for directory in (root, root / "snapshots", *(root / phase / "snapshots" for phase in ("pretrain", "adapt"))):
         matches = [m for p in _entries(directory) if (m := _NAME.fullmatch(p)) and not p.startswith("phema-")]
         found = [s for m in matches if (s := _snapshot(directory / m[0], int(m[1]), m[2])) is not None]
         if found:

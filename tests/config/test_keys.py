@@ -8,6 +8,7 @@ import pytest
 
 from ddo_jax import config as configs
 from ddo_jax.errors import UserError
+from ddo_jax.run import fill
 from ddo_jax.run.checks import check_network
 
 ROOT = Path(__file__).parents[2]
@@ -35,9 +36,12 @@ def load(path):
     [(p, v) for p in FILES if not p.stem.startswith("_") for v in VARIANTS.get(p.stem, ("", "runlocal"))],
     ids=lambda x: getattr(x, "stem", x),
 )
-def test_shipped_configs_are_valid(path, variant):
+def test_shipped_configs_are_valid(path, variant, tmp_path):
     """Breaks if a config or a variant cannot run on one device, or is not locked."""
     config = load(path).get_config(variant)
+    if path.stem == "images":  # what it leaves unset is in the data
+        config.data.name = "digits"
+        config = fill.filled(config, tmp_path)
     configs.validate(config, 1)
     with pytest.raises(AttributeError):
         config.ddo.alhpa = 1.0
@@ -99,8 +103,8 @@ def put(config, key, value):
         ("ddo.rounds", 1.5, "1.5; allowed: a int"),
         ("ddo.rounds", True, "True; allowed: a int"),
         ("data.flip", 1, "1; allowed: a bool"),
-        ("data.crop", "center", "'center'; allowed: '', 'var'"),
-        ("data.crop", None, "None; allowed: '', 'var'"),
+        ("data.crop", "middle", "'middle'; allowed: '', 'center', 'var'"),
+        ("data.crop", None, "None; allowed: '', 'center', 'var'"),
         ("ddo.alpha", (), "at least one value"),
         ("ddo.alpha", (0.0,), "above 0"),
         ("ddo.alpha", (4.0, -1.0), "above 0"),

@@ -33,7 +33,10 @@ def coordinates():
 
 def by_spec(image, size, mirrored=False, offset=None):
     """specs/var.md section 10, written down once more: RGB decode, flip, resize, crop at (top, left) or centrally."""
-    image = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")  # Pillow's own advice
+    if image.has_transparency_data:  # ours: the spec knows none
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
     image = ImageOps.mirror(image) if mirrored else image
     short = round(1.125 * size)
     w, h = image.size
@@ -194,7 +197,7 @@ def test_draws_belong_to_their_rows(source):
     draws = np.random.default_rng(0).random((40, 3))
     found = source.read(indices, draws)["image"]
     for row, (i, draw) in enumerate(zip(indices, draws, strict=True)):
-        image = images.convert(list(FILES.values())[i], "x", "RGB")
+        image = images.convert(list(FILES.values())[i], "x", "RGB", lambda *_: None)
         np.testing.assert_array_equal(found[row], crops.crop_var(image, SIZE, draw))
 
 
@@ -207,11 +210,16 @@ def test_fingerprint_is_of_images_and_rule(tmp_path):
     assert all(len(p) == 8 for p in prints)
 
 
-def test_alpha_is_dropped_and_the_rest_refused_by_name():
-    """Breaks if a transparent palette warns (an error here), or what Pillow cannot convert ends in a traceback."""
-    np.testing.assert_array_equal(
-        images.convert(palette(0, 9, 9), "x", "RGB"), picture(0, 9, 9).quantize(16).convert("RGB")
-    )
+def test_transparent_images_are_told_of_and_the_rest_refused_by_name():
+    """Breaks if transparent pixels keep a colour that nobody saw, or what Pillow cannot convert ends in a traceback."""
+    told = []
+    image = images.convert(palette(0, 9, 9), "x", "RGB", lambda *args: told.append(args))
+    alpha = np.asarray(Image.open(io.BytesIO(palette(0, 9, 9))).convert("RGBA"))[..., 3:] / 255
+    wanted = 255 - alpha * (255 - np.asarray(picture(0, 9, 9).quantize(16).convert("RGB")))
+    np.testing.assert_allclose(image, wanted, atol=1)
+    assert told == [("x", "9x9 4-bit P PNG")]
+    with pytest.raises(UserError, match="x: 9x9 4-bit P PNG is transparent; allowed: opaque images"):
+        images.convert(palette(0, 9, 9), "x", "RGB")
     lab = encoded(Image.new("LAB", (4, 4)), "TIFF")
     with pytest.raises(UserError, match="there: 4x4 LAB TIFF: conversion .*; save it as RGB"):
         images.convert(lab, "there", "L")
@@ -273,7 +281,7 @@ def test_no_index_of_what_does_not_return(source):
 def test_bad_requests_are_refused(tmp_path):
     """Breaks if one of these is ignored, or says less than what is allowed."""
     folder = write_folder(tmp_path / "set")
-    with pytest.raises(UserError, match=r"^config.data.crop: 'centre'; allowed: '', 'var'$"):
+    with pytest.raises(UserError, match=r"^config.data.crop: 'centre'; allowed: '', 'center', 'var'$"):
         sources.open_source(folder, "train", crop="centre", resolution=8)
     with pytest.raises(UserError, match=r"^config.data.crop: 'var'; allowed with data set 'digits': ''$"):
         opened("digits")

@@ -188,4 +188,7 @@ def test_the_command_itself(folder, tmp_path):
     bad = subprocess.run([*base, "--crop=center"], cwd=root, env=env, capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr.startswith("error: --crop=center") and bad.stderr.count("\n") == 1
     good = subprocess.run([*base, "--resolution=8", "--crop=center"], cwd=root, env=env, capture_output=True, text=True)
-    assert (good.returncode, good.stderr) == (0, "") and good.stdout.count("\n") == 1
+    assert good.returncode == 0 and good.stdout.count("\n") == 1
+    assert good.stderr.startswith("warning: ") and "3.png: " in good.stderr and good.stderr.count("\n") == 1  # RGBA
+    refused = subprocess.run([*base[:-1], "b.zip", "--alpha=refuse"], cwd=root, env=env, capture_output=True, text=True)
+    assert refused.returncode == 2 and "3.png: " in refused.stderr and "is transparent" in refused.stderr

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddo_jax.data import catalogue, images, sources
+from ddo_jax.data import catalogue, images, sources, tree
 from ddo_jax.data.pipeline import batches
 from ddo_jax.errors import UserError
 
@@ -25,9 +25,9 @@ NAMES = [f"00000/img{i:08d}.png" for i in range(N)]
 ALL = np.arange(N)
 
 
-def encoded(pixels, **options):
+def encoded(pixels, kind="PNG", **options):
     buffer = io.BytesIO()
-    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(buffer, "PNG", **options)
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -92,8 +92,8 @@ def test_read_gives_what_was_written(opened, kind, cached, monkeypatch):
 def test_cache_decodes_once(opened, monkeypatch):
     """Breaks if a small set is decoded again at every read."""
     calls = []
-    decode = images.decode
-    monkeypatch.setattr(images, "decode", lambda *args: calls.append(args) or decode(*args))
+    open_image = images.open_image
+    monkeypatch.setattr(images, "open_image", lambda *args: calls.append(args) or open_image(*args))
     for _ in range(3):
         opened["zip"].read(ALL)
     assert len(calls) == N
@@ -196,12 +196,50 @@ BAD = {
     "text": (b"<html>404</html>", "not an image"),
     "size": (encoded(PIXELS[3][:4]), r"\(4, 8, 3\); allowed: \(8, 8, 3\) as the first image, .*img00000000.png"),
     "grey": (encoded(PIXELS[3][..., 0]), r"\(8, 8, 1\); allowed: \(8, 8, 3\)"),
-    "alpha": (encoded(np.zeros((8, 8, 4), np.uint8)), "8x8 RGBA PNG; allowed: 8-bit RGB or greyscale"),
-    "palette": (encoded(Image.fromarray(PIXELS[3]).quantize(4)), "bit P PNG; allowed"),
-    "1 bit": (encoded(Image.new("1", (8, 8))), "8x8 1-bit 1 PNG; allowed"),
-    "16-bit RGB": (png16(3), "8x8 16-bit RGB PNG; allowed"),
+    "CMYK": (encoded(Image.new("CMYK", (8, 8)), "JPEG"), "8x8 CMYK JPEG; allowed: 8-bit RGB or grey.*; save it as RGB"),
+    "16-bit RGB": (png16(3), "8x8 16-bit RGB PNG; allowed.*; save it with 8 bits a channel"),
     "16-bit grey": (png16(1), "8x8 16-bit I;16 PNG; allowed"),
 }
+SHOWN = {  # what is no RGB or greyscale of 8 bits, but looks like one
+    "alpha": (Image.fromarray(np.full((8, 8, 4), (200, 100, 0, 51), np.uint8)), "8x8 RGBA PNG", (244, 224, 204)),
+    "grey alpha": (Image.fromarray(np.full((8, 8, 2), (0, 51), np.uint8), "LA"), "8x8 LA PNG", (204,)),
+    "palette": (Image.new("RGB", (8, 8), (9, 8, 7)).quantize(4), "bit P PNG", (9, 8, 7)),
+    "1 bit": (Image.new("1", (8, 8), 1), "8x8 1-bit 1 PNG", (255,)),
+}
+
+
+@pytest.mark.parametrize("kind", SHOWN)
+def test_images_are_shown_on_white(tmp_path, kind, capsys):
+    """Breaks if what a transparent pixel hides becomes data, one note becomes many, or `refuse` does not refuse."""
+    image, seen, colour = SHOWN[kind]
+    folder = write_folder(tmp_path / "a", {f"{i}.png": encoded(image) for i in range(3)})
+    s = sources.open_source(folder, "train")
+    assert s.image_shape == (8, 8, len(colour)) and (s.read(np.arange(3))["image"] == colour).all()
+    tree.warn.cache_clear()
+    sources.open_source(folder, "train").read(np.arange(3))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"0.png: {'' if kind == 'palette' else seen}" in said and "shown on white" in said
+    with pytest.raises(UserError, match=f"0.png: .*{seen}; allowed: 8-bit RGB or greyscale, without alpha or palette"):
+        sources.open_source(folder, "train", alpha="refuse")
+
+
+def test_center_crop_of_any_size_and_mode(tmp_path):
+    """Breaks if sizes or colours that differ are refused with data.crop=center, or two hosts see two crops."""
+    files = {"a/0.png": Image.new("RGB", (9, 12), (1, 2, 3)), "a/1.png": Image.new("L", (20, 8), 7)}
+    files |= {"b/2.png": Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "b/3.jpg": Image.new("CMYK", (8, 10))}
+    kinds = {name: encoded(image, "JPEG" if name.endswith("jpg") else "PNG") for name, image in files.items()}
+    folder = write_folder(tmp_path / "a", kinds)
+    s = sources.open_source(folder, "train", crop="center", resolution=8)
+    assert (s.image_shape, s.num_classes, s.random_crop) == ((8, 8, 3), 2, False)
+    assert s.name.endswith(":train, center 8") and s.fingerprint != sources.open_records(folder, "train").fingerprint
+    pixels = s.read(np.arange(4))["image"]
+    assert [x[0, 0].tolist() for x in pixels] == [[1, 2, 3], [7, 7, 7], [255, 255, 255], [255, 255, 255]]
+    grey = sources.open_source(folder, "train", crop="center", resolution=4, channels=1)
+    assert grey.image_shape == (4, 4, 1)
+    with pytest.raises(UserError, match="img_channels: 4; allowed with data.crop = 'center': 1, 3"):
+        sources.open_source(folder, "train", crop="center", resolution=8, channels=4)
+    with pytest.raises(UserError, match="1.png: height, .*--config.data.crop=center --config.model.img_resolution=N"):
+        sources.open_source(folder, "train").read(np.arange(4))
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -224,8 +262,8 @@ def test_bad_image_stops_the_pipeline_with_its_name(tmp_path):
 
 def test_bad_first_image_is_named_on_opening(tmp_path):
     """Breaks if the first image, which sets the shape, is not checked like the others."""
-    with pytest.raises(UserError, match="img00000000.png: 8x8 RGBA"):
-        sources.open_source(write_zip(tmp_path / "a.zip", PNGS | {NAMES[0]: BAD["alpha"][0]}), "train")
+    with pytest.raises(UserError, match="img00000000.png: 8x8 16-bit RGB"):
+        sources.open_source(write_zip(tmp_path / "a.zip", PNGS | {NAMES[0]: BAD["16-bit RGB"][0]}), "train")
 
 
 def test_flipped_bit_in_a_zip_is_named(tmp_path):

@@ -34,6 +34,7 @@ VAR = dict(arch="VAR", vae=str(VAES["vqvae"]), patch_nums=(1, 2, 4), vocab_size=
 VAR |= dict(depth=1, embed_dim=16, num_heads=1, cond_drop_rate=0.3)
 CASES = {  # name: (family, config.model beside DIGITS, a key of another family)
     "edm-mlp": ("edm", dict(arch="mlp", width=8, blocks=1), ("dtype", "bfloat16")),
+    "edm-mixer": ("edm", dict(arch="mixer", patch=2, width=8, blocks=1, tokens=8), ("dtype", "bfloat16")),
     "edm-unet": ("edm", dict(arch="SongUNet", **UNET, dropout=0.1), ("ddo.reencode", False)),
     "edm2": ("edm2", EDM2 | LATENTS, ("data.augment", 0.1)),
     "var": ("var", VAR, ("ddo.p_std", 0.3)),

@@ -128,7 +128,7 @@ def test_precision_is_in_the_program(arch, operation):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda c: c.model.update(arch="unet"), "'unet'; allowed: mlp, SongUNet"),
+        (lambda c: c.model.update(arch="unet"), "'unet'; allowed: mlp, mixer, SongUNet"),
         (lambda c: c.model.update(wdth=8), "wdth"),
         (lambda c: c.update(family="emd"), "'emd'; allowed: edm"),
     ],

@@ -275,7 +275,7 @@ def test_random_crops_reach_the_run(micro, tmp_path, monkeypatch):
     assert (data.name, len(data), data.image_shape) == ("folder:raw:train[:2], var 8", 2, (8, 8, 3))
     assert dry_run.at_hand(micro, check_network(micro)[0])["data"][0].startswith(data.name)
     run = types.SimpleNamespace(config=micro, data=data)
-    distance = main_job.held_out_scores(run)["held-out images"].nearest
+    distance = main_job.yardstick(run)["held-out images"].nearest
     assert distance == pytest.approx(8 * 2 / 255)  # of 64 pixels of red 2 to the nearest, red 1
     micro.data.crop = ""
     with pytest.raises(UserError, match="takes .8, 8, 3., but folder:raw:train.:2. has .20, 9, 3."):
