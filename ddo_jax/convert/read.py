@@ -33,7 +33,8 @@ class Released:
     """What a file holds.
 
     Attributes:
-      kind: "edm", "mlp", "edm2", "sdvae", "var", "vqvae", "inception", "dinov2", or None: none of these.
+      kind: "edm", "mlp", "edm2", "sdvae", "var", "vqvae", "inception", "dinov2",
+        "efficientnet", or None: none of these.
       config: the constructor arguments as recorded, with what they leave out but the shapes show.
       state_dict: {released name: NumPy array} in file order, with the dtypes of the file: EDM2's are float16, to be
         cast to float32 before any use (specs/edm2.md section 5). Only bfloat16 is widened, to float32.

@@ -36,7 +36,9 @@ def parser() -> cli.Parser:
         metavar="FILE|DATASET",
         help="statistics: edm .npz, edm2 .pkl, OpenAI .npz, edm2-img64-ref; or digits, zip:, folder:, tfds:",
     )
-    p.add_argument("--metrics", default="fid", help="of fid, sfid, is, pr, kid, fd_dinov2, fid_inf (default: fid)")
+    p.add_argument(
+        "--metrics", default="fid", help="of fid, sfid, is, pr, kid, fd_dinov2, fd_efficientnet, fid_inf (default: fid)"
+    )
     p.add_argument(
         "--seeds", action="append", metavar="RANGE", help="as in 0-49999 (default); repeated: minimum, mean, deviation"
     )
@@ -53,7 +55,7 @@ def parser() -> cli.Parser:
     p.add_argument(
         "--network",
         default="inception",
-        choices=("inception", "digits", "classifier"),
+        choices=("inception", "digits", "classifier", "efficientnet"),
         help="features (default: inception); classifier: the one of a run, --weights=WORKDIR/features-classifier.npz",
     )
     p.add_argument("--weights", metavar="FILE", help="of the network (default: its known name)")
@@ -195,15 +197,18 @@ def parse_metrics(text: str, bootstrap: bool) -> list[str]:
 
 
 def load_networks(args: argparse.Namespace, wanted: list[str]) -> dict:
-    """{MAIN, DINOV2: FeatureNet}, those that the metrics need; absent weights are named before anything is made."""
+    """{MAIN, DINOV2, EFFICIENTNET: FeatureNet}, those that the metrics need; absent weights are named before
+    anything is made."""
     from ddo_jax.data import sources
     from ddo_jax.evaluate import collect, features, references
 
     owners = collect.networks_of(wanted)
     asked = {collect.MAIN: (args.network, args.weights), collect.DINOV2: ("dinov2", args.dinov2_weights)}
+    asked |= {collect.EFFICIENTNET: ("efficientnet", None)}
     asked = {owner: asked[owner] for owner in sorted(owners)}
-    if args.network == "digits" and collect.DINOV2 in asked:
-        raise UserError("--metrics: fd_dinov2 takes photographs, not the digits of --network=digits")
+    beside = sorted(asked.keys() - {collect.MAIN})
+    if args.network == "digits" and beside:
+        raise UserError(f"--metrics: fd_{beside[0]} takes photographs, not the digits of --network=digits")
     for name, weights in asked.values():
         features.check(name, weights)
     networks = {}

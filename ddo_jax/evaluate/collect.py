@@ -29,10 +29,12 @@ IS_BLOCK, IS_SEED = 5000, 0
 KID_SIZE = 1000
 INF_POINTS, INF_LEAST = 15, 5000  # subsets of fid_inf: how many, smallest
 
-MAIN, DINOV2 = "main", "dinov2"  # of a dict of networks: the one of --network, and DINOv2
-FRECHET = {"fid": (MAIN, "features"), "sfid": (MAIN, "spatial"), "fd_dinov2": (DINOV2, "features")}
+# Of a dict of networks: the one of --network, and second opinions beside it.
+MAIN, DINOV2, EFFICIENTNET = "main", "dinov2", "efficientnet"
+FRECHET = {"fid": (MAIN, "features"), "sfid": (MAIN, "spatial")}
+FRECHET |= {"fd_dinov2": (DINOV2, "features"), "fd_efficientnet": (EFFICIENTNET, "features")}
 KEPT = {"is": (MAIN, "logits"), **dict.fromkeys(("pr", "kid", "fid_inf", "bootstrap"), (MAIN, "features"))}
-METRICS = ("fid", "sfid", "is", "pr", "kid", "fd_dinov2", "fid_inf")
+METRICS = ("fid", "sfid", "is", "pr", "kid", "fd_dinov2", "fd_efficientnet", "fid_inf")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -99,7 +101,7 @@ class Collected:
 
 
 def networks_of(wanted: Iterable[str]) -> set[str]:
-    """The networks (MAIN, DINOV2) that metrics need."""
+    """The networks (MAIN, DINOV2, EFFICIENTNET) that metrics need."""
     return {{**FRECHET, **KEPT}[metric][0] for metric in wanted}
 
 

@@ -2,6 +2,7 @@
 
 inception   FID-Inception of December 2015, 2048 features: FID, sFID, IS, precision and recall, KID
 dinov2      DINOv2 ViT-L/14, 1024 features: FD-DINOv2
+efficientnet  EfficientNet-Lite0, 1280 features: small, free, of photographs; compared with its like only
 classifier  a small network fitted on the training split of the data (`classifier`); of the digits it is called "digits"
 """
 
@@ -161,6 +162,24 @@ def _dinov2(weights: str | None) -> FeatureNet:
     )
 
 
+def _efficientnet(weights: str | None) -> FeatureNet:
+    from ddo_jax.models import efficientnet
+
+    released, digest = _weights("efficientnet", weights)
+    _, variables = _converted(released)
+    variables = jax.device_put(variables)
+    apply = batched(jax.jit(lambda images: {"features": efficientnet.features(variables, images)}), batch=64)
+    return FeatureNet(
+        "EfficientNet-Lite0, pooled",
+        digest,
+        "fd_efficientnet",
+        1.0,
+        lambda images: apply(_rgb(images)),
+        kind="efficientnet",
+        resize="bicubic antialiased to a multiple of 32 within 64 and 224, float, (x - 127) / 128",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """What a classifier is fitted on, and where it is kept.
@@ -242,7 +261,9 @@ def check_fit(train: Any, levels: int) -> None:
       UserError: no labels, or images of a size that it does not take.
     """
     if problem := classifier.Design(tuple(train.image_shape), levels, train.num_classes).problem():
-        raise UserError(f"config.eval.network: a classifier of {train.name}: {problem}; set inception, dinov2 or none")
+        raise UserError(
+            f"config.eval.network: a classifier of {train.name}: {problem}; set inception, dinov2, efficientnet or none"
+        )
 
 
 def _classifier(kind: str, fit: Fit) -> FeatureNet:
@@ -285,10 +306,11 @@ def _network(kind: str, layers: Any, design: classifier.Design, accuracy: str | 
     )
 
 
-RELEASED = {"inception": _inception, "dinov2": _dinov2}
+RELEASED = {"inception": _inception, "dinov2": _dinov2, "efficientnet": _efficientnet}
 FITTED = ("digits", "classifier")
 NETWORKS = (*FITTED, *RELEASED)
 DEFAULT_WEIGHTS = {"inception": "inception-2015-12-05", "dinov2": "dinov2-vitl14"}
+DEFAULT_WEIGHTS |= {"efficientnet": "efficientnet-lite0"}
 
 
 def file_of(name: str, weights: str | None) -> str | None:

@@ -31,6 +31,7 @@ from ddo_jax.evaluate.collect import FRECHET, REAL_IMAGES
 from ddo_jax.evaluate.features import FeatureNet
 
 NPZ_KEYS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s"), "fd_dinov2": ("mu_dinov2", "sigma_dinov2")}
+NPZ_KEYS |= {"fd_efficientnet": ("mu_efficientnet", "sigma_efficientnet")}
 LEAST_EIGENVALUE = -1e-6  # of the largest: below is no rounding
 LEVELS = {"digits": 17}  # grey levels of datasets that have not 256
 

@@ -65,7 +65,7 @@ def check(config) -> Checked:
     """
     family, settings, mesh = check_network(config)
     if config.eval.network == "digits" and config.data.name != "digits":
-        allowed = "classifier (of labelled images), inception, dinov2, none"
+        allowed = "classifier (of labelled images), inception, dinov2, efficientnet, none"
         raise UserError(f"config.eval.network: 'digits' judges digits only, not {config.data.name}; allowed: {allowed}")
     scoring.check_metrics(config)
     init = None if config.init == "scratch" else find_start(config.init)

@@ -15,7 +15,7 @@ from ddo_jax import config as configs
 from ddo_jax import files
 from ddo_jax.data import sources
 from ddo_jax.errors import UserError
-from ddo_jax.evaluate import classifier
+from ddo_jax.evaluate import classifier, features
 
 OF_DATA = ("model.img_resolution", "model.img_channels", "model.label_dim", "model.levels", "data.holdout")
 OF_DATA += ("eval.network",)
@@ -40,15 +40,25 @@ def of_data(config, data) -> dict[str, Any]:
             "(--config.data.crop=center --config.model.img_resolution=N makes them so)"
         )
     levels = data.max_level + 1 if 1 < data.max_level + 1 <= FEW_LEVELS else 256
-    judged = classifier.Design((h, w, channels), levels, data.num_classes).problem() is None
     return {
         "model.img_resolution": h,
         "model.img_channels": channels,
         "model.label_dim": data.num_classes if data.num_classes > 1 else 0,
         "model.levels": levels,
         "data.holdout": _holdout(config),
-        "eval.network": "classifier" if judged else "none",
+        "eval.network": _network((h, w, channels), levels, data.num_classes),
     }
+
+
+def _network(shape: tuple[int, ...], levels: int, num_classes: int) -> str:
+    """What can judge: a classifier where there are classes to tell apart; else one of photographs, if it is there."""
+    if classifier.Design(shape, levels, num_classes).problem() is None:
+        return "classifier"
+    try:
+        features.check("efficientnet", None)
+    except UserError:
+        return "none"
+    return "efficientnet"
 
 
 def _holdout(config) -> str:

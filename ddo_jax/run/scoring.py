@@ -14,7 +14,7 @@ from ddo_jax.data import sources
 from ddo_jax.data.labels import balanced_labels, balanced_rule, present_classes
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate import collect, features, image_sets, references
-from ddo_jax.evaluate.collect import DINOV2, MAIN
+from ddo_jax.evaluate.collect import DINOV2, EFFICIENTNET, MAIN
 from ddo_jax.evaluate.evaluator import Evaluator, First, Images, with_real_features
 from ddo_jax.evaluate.records import Evaluation, read
 from ddo_jax.families import Family
@@ -42,7 +42,7 @@ def report_metrics(config) -> list[str]:
 
 
 def networks_of(config) -> dict[str, tuple[str, str | None]]:
-    """{MAIN | DINOV2: (name, WHAT of its weights)} of the feature networks that a run needs."""
+    """{MAIN | DINOV2 | EFFICIENTNET: (name, WHAT of its weights)} of the feature networks that a run needs."""
     c = config.eval
     if c.network == NOTHING:
         return {}
@@ -50,9 +50,9 @@ def networks_of(config) -> dict[str, tuple[str, str | None]]:
     if c.network == "dinov2":
         return {DINOV2: main}
     found = {MAIN: main}
-    if DINOV2 in collect.networks_of(report_metrics(config)):
-        found[DINOV2] = ("dinov2", c.dinov2_weights)
-    return found
+    beside = {DINOV2: c.dinov2_weights, EFFICIENTNET: c.efficientnet_weights}
+    wanted = collect.networks_of(report_metrics(config))
+    return found | {name: (name, weights) for name, weights in beside.items() if name in wanted}
 
 
 def check_metrics(config) -> None:
@@ -72,7 +72,7 @@ def check_metrics(config) -> None:
         key = "eval.metrics" if metric in config.eval.metrics else "eval.select"
         allowed = f"what eval.network = {config.eval.network!r} gives"
         configs.require(collect.networks_of([metric]) <= there.keys(), key, metric, allowed)
-        photographs = metric != "fd_dinov2" or config.eval.network != "digits"
+        photographs = metric not in ("fd_dinov2", "fd_efficientnet") or config.eval.network != "digits"
         configs.require(photographs, key, metric, "of photographs; eval.network = 'digits' judges digits")
     e = config.eval
     collect.check(report_metrics(config), e.num)

@@ -6,8 +6,10 @@ from PIL import Image
 
 from ddo_jax import config as configs
 from ddo_jax.config.loading import ours
+from ddo_jax.convert import names
 from ddo_jax.data import sources
 from ddo_jax.errors import UserError
+from ddo_jax.evaluate import features
 from ddo_jax.plan import dry_run
 from ddo_jax.run import fill
 from ddo_jax.run.checks import check_network
@@ -50,11 +52,20 @@ def test_the_digits(tmp_path):
     "classes, mode, label_dim, channels, network",
     [(("a", "b"), "RGB", 2, 3, "classifier"), ((), "L", 0, 1, "none"), (("a",), "RGB", 0, 3, "none")],
 )
-def test_folders(tmp_path, classes, mode, label_dim, channels, network):
+def test_folders(tmp_path, classes, mode, label_dim, channels, network, monkeypatch):
     """Breaks if images of one class or of none are conditioned on it, or judged by a classifier that learns nothing."""
+    monkeypatch.setattr(names, "PACKAGED", {"efficientnet-lite0": ("no_such_package", "x.pth", "x")})
     config = fill.filled(of_images(write(tmp_path / "set", classes=classes, mode=mode)), tmp_path / "run")
     assert (config.model.label_dim, config.model.img_channels, config.eval.network) == (label_dim, channels, network)
     assert (config.model.levels, config.data.holdout) == (256, "")
+
+
+def test_without_classes_a_network_of_photographs_judges(tmp_path, monkeypatch):
+    """Breaks if EfficientNet is at hand and is not taken."""
+    monkeypatch.setattr(features, "check", lambda *args: None)
+    config = fill.filled(of_images(write(tmp_path / "set", classes=())), tmp_path / "run")
+    assert config.eval.network == "efficientnet"
+    check_network(config)
 
 
 def test_idx_has_a_held_out_split(tmp_path):

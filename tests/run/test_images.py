@@ -100,12 +100,18 @@ def test_a_run_is_scored_later_by_its_own_classifier(done, capsys):
     assert "no classifier of a run" in capsys.readouterr().err
 
 
+def unjudged(name):
+    config = little(of_images(name, "runlocal"))
+    config.eval.network = "none"
+    return config
+
+
 @pytest.fixture(scope="module")
 def unscored(tmp_path_factory):
     """(workdir, set) of a run on 12 images without classes."""
     root = tmp_path_factory.mktemp("unscored")
     name = write(root / "set", 12, (8, 8), (), "L")
-    main_job.run(little(of_images(name, "runlocal")), root / "run")
+    main_job.run(unjudged(name), root / "run")
     return root / "run", name
 
 
@@ -131,7 +137,7 @@ def test_again_it_does_nothing(unscored):
     """Breaks if an unscored run cannot be continued."""
     workdir, name = unscored
     before = {p: p.stat().st_mtime_ns for p in workdir.glob("rounds/**/checkpoints/*")}
-    main_job.run(little(of_images(name, "runlocal")), workdir)
+    main_job.run(unjudged(name), workdir)
     assert before == {p: p.stat().st_mtime_ns for p in workdir.glob("rounds/**/checkpoints/*")}
 
 
