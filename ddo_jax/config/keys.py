@@ -67,6 +67,24 @@ def _evaluation() -> dict:
     )
 
 
+def _rounds() -> dict:
+    """What the rounds of self-play need beside that."""
+    return _training(
+        rounds=1,
+        length=_duration(),  # of one round
+        alpha=(4.0,),  # the grid of every round is alpha x beta; objective cca: alpha is its lambda
+        beta=(0.05,),
+        pool_labels="balanced",  # of the pool's fakes: balanced over the classes | data: the data's frequencies
+        pool=50_000,  # fakes per round, sampled before it; 0: the reference makes every step's fakes as it goes
+        # var: rows whose label is dropped have no fake term; how their real one counts is not certain. The
+        # authors' text says that they train by MLE: "nll". Public fragments of their code point to "posonly"
+        # (-log sigmoid(beta r), weight max(alpha, 1)); by its types that code would compute "posonly_w1".
+        dropped_row_loss="posonly",
+        reencode=True,  # var: fakes are decoded to pixels and tokenised again, as the data were
+        p_std_from=(),  # ((17, 3.0),): P_std from round 17 on; rounds count from 1
+    )
+
+
 def base() -> ConfigDict:
     """All keys. `None` placeholders are unset values with a type."""
     config = ConfigDict(
@@ -100,20 +118,7 @@ def base() -> ConfigDict:
             ),
             pretrain=_training(length=_duration()),
             adapt=_training(length=_duration()),  # of `init` by MLE to this data and its classes; unset: not at all
-            ddo=_training(
-                rounds=1,
-                length=_duration(),  # of one round
-                alpha=(4.0,),  # the grid of every round is alpha x beta; objective cca: alpha is its lambda
-                beta=(0.05,),
-                pool_labels="balanced",  # of the pool's fakes: balanced over the classes | data: the data's frequencies
-                pool=50_000,  # fakes per round, sampled before it; 0: the reference makes every step's fakes as it goes
-                # var: rows whose label is dropped have no fake term; how their real one counts is not certain. The
-                # authors' text says that they train by MLE: "nll". Public fragments of their code point to "posonly"
-                # (-log sigmoid(beta r), weight max(alpha, 1)); by its types that code would compute "posonly_w1".
-                dropped_row_loss="posonly",
-                reencode=True,  # var: fakes are decoded to pixels and tokenised again, as the data were
-                p_std_from=(),  # ((17, 3.0),): P_std from round 17 on; rounds count from 1
-            ),
+            ddo=_rounds(),
             control=_training(
                 enabled=False,  # continued MLE from the same start, the same evaluations and selection
                 lrs=(1e-4,),

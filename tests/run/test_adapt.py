@@ -8,6 +8,9 @@ from ml_collections import ConfigDict
 from ddo_jax import config as configs
 from ddo_jax import files
 from ddo_jax.config.loading import ours
+from ddo_jax.core.ema import decay_to_half_life
+from ddo_jax.data import sources
+from ddo_jax.data.images import encode_png
 from ddo_jax.errors import UserError
 from ddo_jax.families import get_family
 from ddo_jax.run import checks, main_job
@@ -82,9 +85,9 @@ def given(tmp_path_factory):
     return root / "run"
 
 
-def adapted(given, fitted, workdir, steps=3):
+def adapted(init, fitted, workdir, steps=3):
     config = micro_config()
-    config.init = str(given)
+    config.init = str(init)
     config.adapt.update(batch=16, ema_mimg=16e-6, lr=1e-3)
     config.adapt.length.steps = steps
     config.ddo.update(rounds=1, beta=(0.1,))
@@ -113,6 +116,50 @@ def test_from_two_classes_to_ten(given, fitted, tmp_path):
     moved = np.abs(np.asarray(after["net"]["input"]["weight"]) - before["net"]["input"]["weight"]).max()
     assert 0 < moved < 0.02  # three steps of 1e-3 from what was given
     assert not (tmp_path / "run" / "pretrain").exists()
+
+
+def test_from_an_exported_file(given, fitted, tmp_path):
+    """Breaks if weights that come as a file cannot be adapted, or give another start than the run that wrote them."""
+    for name, init in (("run", given), ("file", given / "best" / "params.safetensors")):
+        adapted(init, fitted, tmp_path / name)
+    digests = [files.read_sealed(tmp_path / name / "inputs.json")["start"] for name in ("run", "file")]
+    weights = [
+        files.read_sealed(tmp_path / name / "rounds/001/best.json")["protocol"]["weights"] for name in ("run", "file")
+    ]
+    assert digests[0] == digests[1] and weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_what_was_learnt_of_half_the_digits_helps_with_all(fitted, tmp_path):
+    """Breaks if adapting starts from nothing: 0 to 4 are learnt first, then all ten in 300 steps, beside 300 alone."""
+    train = sources.open_source("digits", "train")
+    for i in np.flatnonzero(train.labels < 5):
+        path = tmp_path / "half" / str(train.labels[i]) / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_png(train.images[i]))
+
+    def run(name, **given):
+        config = load_config(ours() / "digits.py").get_config()
+        config.ddo.rounds, config.eval.report_seeds, config.log.tensorboard = 0, 1, False
+        config.adapt.update(batch=128, lr=2e-3, ema_mimg=decay_to_half_life(0.98, 128) / 1e6)
+        with config.unlocked():
+            for key, value in given.items():
+                *path, last = key.split("__")
+                part = config
+                for step in path:
+                    part = part[step]
+                part[last] = value
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "features-digits.npz").write_bytes(fitted[1].read_bytes())
+        main_job.run(config, tmp_path / name)
+        return files.read_jsonl(tmp_path / name / "evals.jsonl")
+
+    half = {"data__name": f"folder:{tmp_path / 'half'}", "data__holdout": "", "model__label_dim": 5}
+    run("first", **half, eval__network="none", pretrain__length__steps=2000)
+    (adapted,) = run("adapted", init=str(tmp_path / "first"), adapt__length__steps=300)
+    alone = {"pretrain__length__steps": 300, "pretrain__ema_mimg": decay_to_half_life(0.98, 128) / 1e6}
+    (scratch,) = run("scratch", **alone)
+    assert adapted["fd_x100"] < 0.9 * scratch["fd_x100"]
 
 
 def test_the_same_start_is_demanded_when_continued(given, fitted, tmp_path):
