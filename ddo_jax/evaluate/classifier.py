@@ -5,10 +5,12 @@ is fitted in seconds; its last hidden layer takes the place of Inception's 2048 
 candidates and the control are judged by the same network. Its accuracy on images that it has not seen stands in the
 protocol: features of a network that cannot tell the classes apart say little.
 
-Matrix products only, since convolutions are slow on XLA's CPU backend:
-
     x in [-1, 1] -> tanh(Dense 128) -> tanh(Dense 32) -> Dense K       up to 64 numbers an image: the digits, 98 %
-                    tanh(Dense 256) -> tanh(Dense 64) -> Dense K       above; over 32 pixels a side: averaged first
+                    3 x silu(Conv 3x3 / 2) -> mean over pixels -> Dense K       above; over 32 a side: averaged first
+
+The mean over pixels is the feature vector of pictures, 64 numbers, as Inception's is. Of dense layers instead, fitted
+on blurred pixels, the distance hardly saw grain and holes: on Fashion-MNIST it rose to 1.1 of the start's where that of
+EfficientNet fell to half, and the eye agreed with the latter.
 """
 
 import dataclasses
@@ -29,6 +31,7 @@ SEED = 0
 BATCH = 128
 SMALL = 64  # numbers in an image
 LARGEST, SIDE = 64, 32  # pixels a side: that are taken, that the network sees
+CHANNELS = (32, 64, 64)  # of the convolutions
 MOST, MOST_JUDGED = 2**16, 10_000  # images that it is fitted on, that tell its accuracy
 TENTH = 10  # without a held-out split every tenth image is left out
 
@@ -47,20 +50,25 @@ class Design:
         return 1 if self.shape[0] <= SIDE else -(-self.shape[0] // SIDE)
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Of the layers, input and output included."""
-        h, w, channels = self.shape
-        inputs = (h // self.factor) * (w // self.factor) * channels
-        hidden = (128, 32) if inputs <= SMALL else (256, 64)
-        return (inputs, *hidden, self.num_classes)
+    def dense(self) -> bool:
+        """Whether all layers are dense."""
+        return math.prod(self.shape) <= SMALL
+
+    @property
+    def weights(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the layers' weights: dense [in, out], convolutions [3, 3, in, out]."""
+        sizes = (math.prod(self.shape), 128, 32) if self.dense else (self.shape[2], *CHANNELS)
+        kernel = () if self.dense else (3, 3)
+        hidden = [(*kernel, m, n) for m, n in zip(sizes[:-1], sizes[1:], strict=True)]
+        return (*hidden, (sizes[-1], self.num_classes))
 
     @property
     def features(self) -> int:
-        return self.sizes[-2]
+        return self.weights[-1][0]
 
     @property
     def steps(self) -> int:
-        return 1500 if self.sizes[0] <= SMALL else 3000
+        return 1500 if self.dense else 2000
 
     def problem(self) -> str | None:
         """Why there is no such classifier, or None."""
@@ -84,42 +92,60 @@ class Classifier(NamedTuple):
 
 
 def _inputs(images: jax.Array, design: Design) -> jax.Array:
-    """[N, H, W, C] of levels -> float32 [N, D] of levels, averaged where the design says so."""
+    """[N, H, W, C] of levels -> float32 of levels: [N, D], or [N, h, w, C], averaged where the design says so."""
     n, (h, w, channels), k = len(images), design.shape, design.factor
     x = images.astype(jnp.float32)
     if k > 1:
         x = x.reshape(n, h // k, k, w // k, k, channels).mean((2, 4))
-    return x.reshape(n, -1)
+    return x.reshape(n, -1) if design.dense else x
+
+
+def _dense(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+    """tanh, so bounded."""
+    return jnp.tanh(jnp.dot(x, weight, precision="highest") + bias[None])
+
+
+def _convolved(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+    """silu of a 3x3 convolution of stride 2, [N, H, W, C] -> [N, H/2, W/2, O].
+
+    As one matrix product: with XLA's own convolution the fit took more than ten times as long on a CPU.
+    """
+    _, h, w, channels = x.shape
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    taps = [x[:, i : i + h : 2, j : j + w : 2] for i in range(3) for j in range(3)]
+    y = jnp.dot(jnp.concatenate(taps, -1), weight.reshape(9 * channels, -1), precision="highest")
+    return jax.nn.silu(y + bias[None, None, None])
 
 
 def _forward(layers: Any, x: jax.Array, design: Design) -> tuple[jax.Array, jax.Array]:
-    """Of `_inputs` -> features [N, D] (after tanh, so bounded), logits [N, K]."""
+    """Of `_inputs` -> features [N, D], logits [N, K]."""
     x = x / ((design.levels - 1) / 2) - 1
     *hidden, (w_out, b_out) = layers
     for weight, bias in hidden:
-        x = jnp.tanh(jnp.dot(x, weight, precision="highest") + bias[None])
+        x = _dense(x, weight, bias) if design.dense else _convolved(x, weight, bias)
+    x = x if design.dense else x.mean((1, 2))
     return x, jnp.dot(x, w_out, precision="highest") + b_out[None]
 
 
 def train(images: np.ndarray, labels: np.ndarray, design: Design) -> Classifier:
     """Fit on uint8 [N, H, W, C], int32 [N]; deterministic."""
-    sizes = design.sizes
-    keys = jax.random.split(jax.random.key(SEED), len(sizes))
+    shapes = design.weights
+    keys = jax.random.split(jax.random.key(SEED), len(shapes) + 1)
     layers = tuple(
-        (jax.random.normal(k, (m, n)) / np.sqrt(m), jnp.zeros((n,)))
-        for k, m, n in zip(keys[:-1], sizes[:-1], sizes[1:], strict=True)
+        (jax.random.normal(k, shape) / np.sqrt(math.prod(shape[:-1])), jnp.zeros(shape[-1:]))
+        for k, shape in zip(keys[:-1], shapes, strict=True)
     )
     schedule = optax.cosine_decay_schedule(3e-3, design.steps)
     tx = optax.adamw(schedule, weight_decay=1e-2)
     pixels, classes = jnp.asarray(images), jnp.asarray(labels)
-    blur = (design.levels - 1) / 16  # one level of 17: features less sharp than the classes
+    blur = (design.levels - 1) / 16 if design.dense else 0.0  # one level of 17: features less sharp than the classes
 
     def step(carry: tuple, key: jax.Array) -> tuple:
         layers, opt_state = carry
         key_rows, key_noise = jax.random.split(key)
         rows = jax.random.randint(key_rows, (BATCH,), 0, len(classes))
         x = _inputs(pixels[rows], design)
-        x = x + blur * jax.random.normal(key_noise, x.shape)
+        x = x + blur * jax.random.normal(key_noise, x.shape) if blur else x
 
         def loss(layers: Any) -> jax.Array:
             logits = _forward(layers, x, design)[1]
@@ -193,8 +219,7 @@ def check(layers: Any, design: Design) -> None:
     Raises:
       ValueError: another number of layers, other shapes or dtypes, or values that are not finite.
     """
-    sizes = design.sizes
-    wanted = [((m, n), (n,)) for m, n in zip(sizes[:-1], sizes[1:], strict=True)]
+    wanted = [(shape, shape[-1:]) for shape in design.weights]
     if [tuple(x.shape for x in layer) for layer in layers] != wanted:
         raise ValueError("its arrays have other shapes")
     if not all(x.dtype == np.float32 and np.isfinite(x).all() for layer in layers for x in layer):

@@ -75,7 +75,8 @@ def test_colours_without_a_held_out_split(tmp_path, monkeypatch):
     fit = features.Fit(coloured(), None, 256, tmp_path / "features-classifier.npz")
     with jax.numpy_dtype_promotion("standard"):
         network = features.get_features("classifier", fit)
-    assert fit.design.sizes == (16 * 16 * 3, 256, 64, 3) and network.resize == "none"
+    assert [shape[-2:] for shape in fit.design.weights] == [(3, 32), (32, 64), (64, 64), (64, 3)]
+    assert network.resize == "none"
     assert network.accuracy == "1.000 on 30 images (every tenth training image)"
     assert network.apply(fit.train.images[:7])["features"].shape == (7, 64)
     assert not set(classifier.rows_to_fit(300, whole=False)) & set(range(9, 300, 10))
@@ -85,12 +86,9 @@ def test_large_images_are_averaged():
     """Breaks if 64 x 64 pixels are not seen as 32 x 32, or their rows and channels are mixed."""
     large = classifier.Design((64, 64, 3), 256, 3)
     small = classifier.Design((32, 32, 3), 256, 3)
-    assert large.sizes == small.sizes and large.factor == 2
+    assert large.weights == small.weights and large.factor == 2
     rng = np.random.default_rng(0)
-    layers = [
-        (0.05 * rng.normal(size=s).astype(np.float32), np.zeros(s[1], np.float32))
-        for s in zip(small.sizes[:-1], small.sizes[1:], strict=True)
-    ]
+    layers = [(0.05 * rng.normal(size=s).astype(np.float32), np.zeros(s[-1], np.float32)) for s in small.weights]
     x = rng.integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
     for a, b in zip(
         classifier.features_and_logits(layers, x, small),
@@ -98,6 +96,18 @@ def test_large_images_are_averaged():
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_its_convolution_is_a_convolution():
+    """Breaks if the matrix product mixes up taps, channels or the padding of XLA's own convolution."""
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(2, 9, 8, 3)).astype(np.float32), rng.normal(size=(3, 3, 3, 5)).astype(np.float32)
+    layout = ("NHWC", "HWIO", "NHWC")
+    wanted = jax.lax.conv_general_dilated(
+        x, weight, (2, 2), ((1, 1), (1, 1)), dimension_numbers=layout, precision="highest"
+    )
+    found = classifier._convolved(x, weight, np.ones(5, np.float32))
+    np.testing.assert_allclose(found, jax.nn.silu(wanted + 1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
