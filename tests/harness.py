@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from PIL import Image, ImageDraw
 
 from ddo_jax import config as configs
 
@@ -32,6 +33,30 @@ def micro_config():
     c.eval.update(num=48, batch=32, report_seeds=2, grid=10)
     c.log.update(every=1, tensorboard=False)
     return c
+
+
+SHAPES = ("circle", "square", "triangle")
+
+
+def shapes(folder, number=600, side=16):
+    """Small coloured shapes of three classes, in front of nothing."""
+    rng = np.random.default_rng(0)
+    for i in range(number):
+        kind, colour = SHAPES[i % 3], tuple(int(c) for c in rng.integers(40, 256, 3))
+        x, y = (int(v) for v in rng.integers(1, side // 2, 2))
+        s = int(rng.integers(side // 3, side // 2))
+        image = Image.new("RGBA", (side, side), (0, 0, 0, 0))
+        draw = ImageDraw.Draw(image)
+        if kind == "circle":
+            draw.ellipse([x, y, x + s, y + s], fill=colour)
+        elif kind == "square":
+            draw.rectangle([x, y, x + s, y + s], fill=colour)
+        else:
+            draw.polygon([(x, y + s), (x + s, y + s), (x + s // 2, y)], fill=colour)
+        path = folder / kind / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    return f"folder:{folder}"
 
 
 def idx(array) -> bytes:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.harness import idx
+from tests.harness import idx, shapes
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if not p.stem.startswith("_"))
@@ -16,6 +16,8 @@ CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if not p.stem.s
 
 def in_its_place(name: str, folder: Path) -> list[str]:
     """Flags that name random images where an experiment's own lie outside the repository."""
+    if name == "images":
+        return [f"--config.data.name={shapes(folder)}"]
     if name != "fashion":
         return []
     rng = np.random.default_rng(0)

@@ -2,9 +2,8 @@
 
 import re
 
-import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ddo_jax import files
 from ddo_jax.data import tree
@@ -12,37 +11,14 @@ from ddo_jax.errors import UserError
 from ddo_jax.evaluate import __main__ as evaluate_command
 from ddo_jax.evaluate import classifier
 from ddo_jax.run import checks, main_job
-from tests.harness import exit_code, micro_config
+from tests.harness import SHAPES, exit_code, micro_config, shapes
 from tests.run.test_fill import of_images, write
-
-SHAPES = ("circle", "square", "triangle")
 
 
 @pytest.fixture(autouse=True)
 def every_warning():
     """A warning is said once a process; here once a test."""
     tree.warn.cache_clear()
-
-
-def shapes(folder, number=600, side=16):
-    """Small coloured shapes of three classes, in front of nothing."""
-    rng = np.random.default_rng(0)
-    for i in range(number):
-        kind, colour = SHAPES[i % 3], tuple(int(c) for c in rng.integers(40, 256, 3))
-        x, y = (int(v) for v in rng.integers(1, side // 2, 2))
-        s = int(rng.integers(side // 3, side // 2))
-        image = Image.new("RGBA", (side, side), (0, 0, 0, 0))
-        draw = ImageDraw.Draw(image)
-        if kind == "circle":
-            draw.ellipse([x, y, x + s, y + s], fill=colour)
-        elif kind == "square":
-            draw.rectangle([x, y, x + s, y + s], fill=colour)
-        else:
-            draw.polygon([(x, y + s), (x + s, y + s), (x + s // 2, y)], fill=colour)
-        path = folder / kind / f"{i:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-    return f"folder:{folder}"
 
 
 def little(config):
