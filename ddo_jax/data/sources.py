@@ -442,7 +442,8 @@ def open_source(
     if crop == "var":
         return CroppedSource(records, resolution, note)
     if crop == "center":
-        return EncodedSource(records, _center(resolution, channels, note), f"center {resolution}")
+        rule = f"center {resolution}{' grey' if channels == 1 else ''}"
+        return EncodedSource(records, _center(resolution, channels, note), rule)
     return EncodedSource(records, None if records.latents else functools.partial(images.decode, note=note))
 
 

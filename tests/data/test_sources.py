@@ -235,7 +235,7 @@ def test_center_crop_of_any_size_and_mode(tmp_path):
     pixels = s.read(np.arange(4))["image"]
     assert [x[0, 0].tolist() for x in pixels] == [[1, 2, 3], [7, 7, 7], [255, 255, 255], [255, 255, 255]]
     grey = sources.open_source(folder, "train", crop="center", resolution=4, channels=1)
-    assert grey.image_shape == (4, 4, 1)
+    assert grey.image_shape == (4, 4, 1) and grey.name.endswith(", center 4 grey")  # and another fingerprint
     with pytest.raises(UserError, match="img_channels: 4; allowed with data.crop = 'center': 1, 3"):
         sources.open_source(folder, "train", crop="center", resolution=8, channels=4)
     with pytest.raises(UserError, match="1.png: height, .*--config.data.crop=center --config.model.img_resolution=N"):
