@@ -27,7 +27,7 @@ ALPHA = ("white", "refuse")
 ALLOWED = "8-bit RGB or greyscale"
 Note = Callable[[str, str], None]  # (where, what it is): told of an image that is not kept as it is stored
 _CHANNELS = {"L": 1, "RGB": 3}
-_GREY, _COLOUR = ("1", "L", "LA", "La"), ("P", "PA", "RGB", "RGBA", "RGBa")
+_GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "RGBa")
 _PNG_BIT_DEPTH = 24  # offset of the byte in a PNG file; Pillow reads 16-bit RGB as 8-bit without a word
 
 
@@ -102,13 +102,13 @@ def convert(data: bytes, where: str, mode: str, note: Note | None = None, *, tur
     image, seen = open_image(data, where)
     if turn:
         image = _turned(image)
-    if image.has_transparency_data:
-        if note is None:
-            raise UserError(f"{where}: {seen} is transparent; allowed: opaque images")
+    transparent = image.has_transparency_data
+    if transparent and note is None:
+        raise UserError(f"{where}: {seen} is transparent; allowed: opaque images")
+    if transparent:
         note(where, seen)
-        image = on_white(image)
     try:
-        return image.convert(mode)
+        return (on_white(image) if transparent else image).convert(mode)
     except ValueError as e:
         raise UserError(f"{where}: {seen}: {e}; save it as RGB") from None
 

@@ -114,8 +114,10 @@ def at_hand(config, family) -> dict[str, tuple[str, int]]:
     def scores():
         if config.eval.network == scoring.NOTHING:
             return "none: nothing is scored, a round ends at its length", 0
-        features.check(config.eval.network, config.eval.weights)
-        return f"{config.eval.network}, at hand", 0
+        networks = scoring.networks_of(config).values()
+        for network in networks:
+            features.check(*network)
+        return f"{', '.join(name for name, _ in networks)}, at hand", 0
 
     def start():
         load.find(config.init)

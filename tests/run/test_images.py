@@ -114,7 +114,7 @@ def test_again_it_does_nothing(unscored):
     workdir, name = unscored
     before = {p: p.stat().st_mtime_ns for p in workdir.glob("rounds/**/checkpoints/*")}
     main_job.run(unjudged(name), workdir)
-    assert before == {p: p.stat().st_mtime_ns for p in workdir.glob("rounds/**/checkpoints/*")}
+    assert before and before == {p: p.stat().st_mtime_ns for p in workdir.glob("rounds/**/checkpoints/*")}
 
 
 @pytest.mark.parametrize(
