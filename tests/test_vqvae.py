@@ -1,4 +1,4 @@
-"""The shipped VQ-VAE of the digits, and the example that made it."""
+"""The shipped VQ-VAEs, and the example that made them."""
 
 import runpy
 from pathlib import Path
@@ -12,6 +12,7 @@ from ddo_jax.data.sources import open_source
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "configs" / "digits_vqvae.safetensors"
+FASHION = SHIPPED.with_name("fashion_vqvae.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +53,27 @@ def test_shipped_file(digits):
     assert np.mean(again == tokens) > 0.6  # measured: 0.68
 
 
+def test_the_file_of_fashion():
+    """Breaks if the file is not of the network that the example trains; how well it does, its data decide."""
+    encode, decode, module = load(FASHION)
+    example = runpy.run_path(str(ROOT / "examples" / "vqvae.py"), run_name="example")
+    assert convert.read(FASHION).config == example["NETWORKS"]["fashion"]
+    assert FASHION.stat().st_size < 1_000_000 and (module.image_size, module.length) == (28, 70)
+    tokens = np.random.default_rng(0).integers(0, module.vocab_size, (4, 70)).astype(np.int32)
+    images = decode(tokens)
+    assert images.shape == (4, 28, 28, 1) and encode(images).shape == (4, 70)
+
+
 @pytest.mark.slow  # compilation of the gradient and of the draw of the weights
 def test_example_trains_and_writes(digits, tmp_path, capsys):
-    example = runpy.run_path(str(ROOT / "examples" / "digits_vqvae.py"), run_name="example")
+    example = runpy.run_path(str(ROOT / "examples" / "vqvae.py"), run_name="example")
     out = tmp_path / "vqvae.safetensors"
     with jax.numpy_dtype_promotion("standard"):  # optax.adam itself fails "strict"
-        error = example["main"](str(out), steps=150)
+        error = example["main"]("digits", out=str(out), steps=150)
     average = np.mean(np.abs(digits["train"].mean(0) - digits["test"]))
     assert error < 0.8 * average  # something of each image comes through
     assert f"error {error:.3f} grey levels" in capsys.readouterr().out
 
     encode, decode, _ = load(out)
     np.testing.assert_allclose(error_of(encode, decode, digits["test"]), error, rtol=1e-4)
-    assert convert.read(out).config == convert.read(SHIPPED).config == example["CONFIG"]
+    assert convert.read(out).config == convert.read(SHIPPED).config == example["NETWORKS"]["digits"]
