@@ -37,7 +37,9 @@ def parser() -> cli.Parser:
         help="statistics: edm .npz, edm2 .pkl, OpenAI .npz, edm2-img64-ref; or digits, zip:, folder:, tfds:",
     )
     p.add_argument(
-        "--metrics", default="fid", help="of fid, sfid, is, pr, kid, fd_dinov2, fd_efficientnet, fid_inf (default: fid)"
+        "--metrics",
+        default="fid",
+        help="of fid, sfid, is, pr, kid, mind, fd_dinov2, fd_efficientnet, fid_inf (default: fid)",
     )
     p.add_argument(
         "--seeds", action="append", metavar="RANGE", help="as in 0-49999 (default); repeated: minimum, mean, deviation"

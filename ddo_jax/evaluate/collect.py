@@ -3,7 +3,8 @@
     collect(networks, metrics, records) -> Collected     means and covariances; features only where a metric needs them
     compute(metrics, collected, reference, networks) -> {name: value}
 
-Images are never held, features only for is (logits), pr, kid, fid_inf and the bootstrap (float32, 410 MB at 50,000).
+Images are never held, features only for is (logits), pr, kid, mind, fid_inf and the bootstrap (float32, 410 MB at
+50,000).
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ddo_jax.core.stats import frechet, metrics
+from ddo_jax.core.stats import frechet, metrics, mind
 from ddo_jax.data.images import to_levels
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate.features import FeatureNet
@@ -24,7 +25,8 @@ from ddo_jax.evaluate.records import named
 
 CHUNK = 256  # images that go through a network at a time
 ROWS = 1024  # features of a subset that are merged at a time
-REAL_IMAGES = 10_000  # of the reference, for pr and kid
+REAL_IMAGES = 10_000  # of the reference, for the metrics that compare features
+COMPARED = {"pr", "kid", "mind"}  # those
 IS_BLOCK, IS_SEED = 5000, 0
 KID_SIZE = 1000
 INF_POINTS, INF_LEAST = 15, 5000  # subsets of fid_inf: how many, smallest
@@ -33,8 +35,8 @@ INF_POINTS, INF_LEAST = 15, 5000  # subsets of fid_inf: how many, smallest
 MAIN, DINOV2, EFFICIENTNET = "main", "dinov2", "efficientnet"
 FRECHET = {"fid": (MAIN, "features"), "sfid": (MAIN, "spatial")}
 FRECHET |= {"fd_dinov2": (DINOV2, "features"), "fd_efficientnet": (EFFICIENTNET, "features")}
-KEPT = {"is": (MAIN, "logits"), **dict.fromkeys(("pr", "kid", "fid_inf", "bootstrap"), (MAIN, "features"))}
-METRICS = ("fid", "sfid", "is", "pr", "kid", "fd_dinov2", "fd_efficientnet", "fid_inf")
+KEPT = {"is": (MAIN, "logits"), **dict.fromkeys(("pr", "kid", "mind", "fid_inf", "bootstrap"), (MAIN, "features"))}
+METRICS = ("fid", "sfid", "is", "pr", "kid", "mind", "fd_dinov2", "fd_efficientnet", "fid_inf")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -209,7 +211,7 @@ def check(wanted: Iterable[str], num: int) -> None:
         raise UserError(
             f"--metrics: fid_inf of {num} images; it extrapolates from {INF_LEAST} and more: at least {2 * INF_LEAST}"
         )
-    for metric, least in (("pr", 4), ("kid", 2)):
+    for metric, least in (("pr", 4), ("kid", 2), ("mind", 2)):
         if metric in wanted and num < least:
             raise UserError(f"--metrics: {metric} of {num} images; at least {least}")
 
@@ -257,7 +259,7 @@ def compute(
     Args:
       wanted: of METRICS. collected: of `collect`. references: {name: `references.Reference`}; {} for "is" alone.
         Distances to others than the first have "_NAME" behind their own name.
-      real: features of real images [M, D], for pr and kid.
+      real: features of real images [M, D], for COMPARED.
 
     Returns:
       {"fid5k": ...}; of is, pr and kid several values, as the spread over blocks or subsets; "accuracy", where there is
@@ -282,6 +284,8 @@ def compute(
             size = min(KID_SIZE, num, len(real))
             kid = metrics.kid(real, collected.kept[MAIN, "features"], size=size)
             out |= {"kid": kid.mean, "kid_std": kid.std}
+        elif metric == "mind":
+            out[named("mind", num)] = mind.mind(real, collected.kept[MAIN, "features"])
         else:
             line = fid_infinity(collected.kept[MAIN, "features"], functools.partial(_distance, first, "fid"))
             out |= {name: networks[MAIN].scale * value for name, value in line.items()}

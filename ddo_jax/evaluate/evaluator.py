@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ddo_jax.core.stats import metrics
+from ddo_jax.core.stats import metrics, mind
 from ddo_jax.data.images import to_levels
 from ddo_jax.evaluate import collect, image_sets
 from ddo_jax.evaluate.collect import DINOV2, MAIN, Collected
@@ -62,7 +62,7 @@ class Evaluator:
       networks: {MAIN, DINOV2: those that are needed}; a run's or a command's own network is MAIN. {}: nothing is
         scored, an evaluation says only how its images were made.
       references: {name: real images' statistics}; the first one counts; {} where only "is" is wanted.
-      real: features of real images, for pr and kid, or None.
+      real: features of real images, for `collect.COMPARED`, or None.
     """
 
     networks: dict[str, FeatureNet]
@@ -131,6 +131,8 @@ class Evaluator:
             found["pr"] = "k = 3, float64"
         if "kid" in wanted and self.real is not None:
             found["kid"] = f"100 subsets of {min(collect.KID_SIZE, collected.num, len(self.real))}, seed 2020"
+        if "mind" in wanted:
+            found["mind"] = f"{mind.DIRECTIONS} directions, seed {mind.SEED}, factor 3 D; unequal sizes by quantiles"
         if "fid_inf" in wanted:
             found["fid_inf"] = f"{collect.INF_POINTS} subsets of {collect.INF_LEAST} to {collected.num}, seed 0"
         return found
@@ -155,11 +157,11 @@ def balance(images: Images, labels: np.ndarray | None) -> dict:
 
 
 def with_real_features(evaluator: Evaluator, wanted: Iterable[str]) -> Evaluator:
-    """The same with the features of real images that pr and kid compare with, where they are wanted."""
-    if not {"pr", "kid"} & set(wanted):
+    """The same with the features of real images that pr, kid and mind compare with, where they are wanted."""
+    if not collect.COMPARED & set(wanted):
         return evaluator
     first = next(iter(evaluator.references.values()))
-    assert first.real is not None, "`references` gives images wherever pr or kid are wanted"
+    assert first.real is not None, "`references` gives images wherever they are compared"
     return dataclasses.replace(evaluator, real=collect.features_of(evaluator.networks[MAIN], first.real))
 
 

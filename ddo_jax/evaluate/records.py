@@ -65,7 +65,8 @@ class Protocol:
       sampler, nfe, guidance, rng, dtype, precision: how they were sampled.
       references: {name: what they were compared with}; the first counts. features, resize, scale: {network: ...}.
       accuracy: {network: in words}, of those that were fitted here, on images that they had not seen.
-      feature_precision, covariance: of the arithmetic. metrics: {metric: its settings}. real: for pr and kid.
+      feature_precision, covariance: of the arithmetic. metrics: {metric: its settings}. real: for
+        pr, kid and mind.
       time, commit, jax, flax, device: of the making.
     """
 

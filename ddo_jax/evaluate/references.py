@@ -52,7 +52,7 @@ class Reference:
     Attributes:
       name, digest: of the file (twelve hex digits of its SHA-256) or dataset (its fingerprint).
       gaussians: {"fid", "sfid", "fd_dinov2": those wanted}. num_images: behind them; None: not recorded.
-      real: the images for pr and kid, at most 10,000; None: the file has none. shape: of its images, where known.
+      real: the images for pr, kid and mind, at most 10,000; None: the file has none. shape: of its images, where known.
     """
 
     name: str
@@ -168,10 +168,10 @@ def load_file(path: Path, lengths: dict[str, int], networks: dict[str, FeatureNe
         raise UserError(f"{path}: no reference statistics; allowed: .npz (edm, OpenAI), .pkl (edm2), or a dataset")
     found, num = _read_npz(path) if is_npz else _read_pickle(path)
     real = None
-    if {"pr", "kid"} & set(lengths):
+    if collect.COMPARED & set(lengths):
         if not is_npz or not _has_images(path):
             raise UserError(
-                f"{path}: no images (arr_0), which pr and kid need; take the OpenAI file of the set, or a dataset"
+                f"{path}: no images (arr_0), which pr, kid and mind need; take the OpenAI file of the set, or a dataset"
             )
         real = dataclasses.replace(image_sets.of_npz(path), name=path.name)
         if real.num > REAL_IMAGES:
@@ -274,7 +274,7 @@ def of_images(opened: Any, lengths: dict[str, int], networks: dict[str, FeatureN
     images, found = opened(None), dict[str, tuple]()
     for owner in sorted({FRECHET[metric][0] for metric in needed(lengths)}):
         found |= statistics(images, networks[owner], owner)
-    real = opened(REAL_IMAGES) if {"pr", "kid"} & set(lengths) else None
+    real = opened(REAL_IMAGES) if collect.COMPARED & set(lengths) else None
     gaussians = _gaussians(found, lengths, networks, images.name)
     return Reference(images.name, images.content, gaussians, images.num, real, images.shape)
 

@@ -22,7 +22,7 @@ from ddo_jax.generate.seeds import seed_range, seeds_text
 from ddo_jax.store import workdir as workdirs
 from ddo_jax.store.checkpoint import weights_digest
 
-SELECTING = ("fid", "sfid", "fd_dinov2", "kid")  # lower is better in all of them
+SELECTING = ("fid", "sfid", "fd_dinov2", "kid", "mind")  # lower is better in all of them
 
 
 NOTHING = "none"  # eval.network: nothing is scored
@@ -85,7 +85,9 @@ def _check_unscored(config) -> None:
     for key, nothing in (("select", None), ("metrics", ()), ("reference", None), ("weights", None)):
         value = config.eval[key]
         configs.require(value == nothing, f"eval.{key}", value, allowed.format("unset" if nothing is None else nothing))
+    configs.require(not config.ddo.line, "ddo.line", config.ddo.line, allowed.format("()"))
     trained = [("ddo", "alpha"), ("ddo", "beta")] if config.ddo.rounds else []
+    trained += [("neon", "w")] if config.ddo.rounds and configs.method_of(config) == "neon" else []
     trained += [("control", "lrs")] if config.ddo.rounds and config.control.enabled else []
     for section, key in trained:
         value = config[section][key]

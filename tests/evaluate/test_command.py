@@ -239,11 +239,11 @@ def test_ranges_that_overlap(real, released, capsys, ranges):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--metrics=fid,fix"], "--metrics: 'fix'; allowed: fid, sfid, is, pr, kid, fd_dinov2, fd_efficient"),
+        (["--metrics=fid,fix"], "--metrics: 'fix'; allowed: fid, sfid, is, pr, kid, mind, fd_dinov2, fd_"),
         (["--metrics=,"], "--metrics: ','"),
         (["--metrics=fid_inf"], "fid_inf of 40 images"),
         (["--ref=edm.npz", "--metrics=sfid"], "no statistics for sfid"),
-        (["--ref=edm.npz", "--metrics=pr"], "pr and kid need"),
+        (["--ref=edm.npz", "--metrics=pr"], "pr, kid and mind need"),
         (["--ref=other.npz"], "5 features, but tiny net gives 6: a reference made with another network"),
         (["--ref=nan.npz"], "non-finite values"),
         (["--ref=nowhere.npz"], "--ref: nowhere.npz: no such file"),

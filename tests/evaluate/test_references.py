@@ -111,7 +111,7 @@ class Evil:
         ("x.pkl", pickle.dumps({"fid": {"mu": MU}}, 4), {}, "no statistics for fid"),
         ("x.npz", b"hello", {}, "no reference statistics"),
         ("x.npz", {"mu": MU, "sigma": SIGMA}, {"sfid": D_S}, "no statistics for sfid .mu_s and sigma_s.; it has fid"),
-        ("x.npz", {"mu": MU, "sigma": SIGMA}, {"fid": D, "pr": D}, "no images .arr_0., which pr and kid need"),
+        ("x.npz", {"mu": MU, "sigma": SIGMA}, {"fid": D, "pr": D}, "no images .arr_0., which pr, kid and mind need"),
         ("x.npz", {"mu": np.array([None]), "sigma": SIGMA}, {}, "damaged reference statistics"),
         ("nowhere", None, {}, "--ref: 'nowhere'; allowed: digits"),
         ("edm2-img64-ref", None, {}, "img64.pkl.*HF_HUB_OFFLINE is set"),
