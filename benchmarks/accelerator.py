@@ -101,7 +101,7 @@ def edm2_step(config, objective: str, params, frozen, repeats: int) -> None:
     own = jax.tree.map(np.array, params)  # the state is donated
     held = [
         sharding.place(mesh, state.new_state(own, training.optimizer, c.ema_stds)),
-        sharding.replicate(mesh, step.zero_totals(objective)),
+        sharding.replicate(mesh, step.zero_totals(family, objective)),
     ]
     began = time.perf_counter()
     compiled = step.make_step(training).lower(*held, inputs).compile()

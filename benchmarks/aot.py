@@ -116,7 +116,8 @@ def lower(config, mesh):
 
     record = placed(memory.record(family, c.batch), sharding.batch_sharding(mesh))
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    rest = placed((jax.eval_shape(lambda: step.zero_totals("ddo")), jax.eval_shape(lambda: jax.random.key(0))), whole)
+    totals, key = jax.eval_shape(lambda: (step.zero_totals(family, "ddo"), jax.random.key(0)))
+    rest = placed((totals, key), whole)
     said = jax.ShapeDtypeStruct((c.batch, 2), jnp.float32, sharding=sharding.batch_sharding(mesh))
     asked = family.spec.exact  # the reference, in a program of its own
     inputs = step.Inputs(

@@ -193,7 +193,7 @@ def train(config, weights, batch: int, objective: str) -> Program:
     real, fake = (sharding.put_batch(mesh, {"image": i, "label": labels}) for i in images)
     partners = dict(ref=params, fake=fake) if objective == "ddo" else dict(fake=None)
     inputs = step.Inputs({}, real, key=key, hyper=step.Hyper(4.0, 0.05, 1e-6, (-1.2, 1.2)), **partners)
-    held = [current, sharding.replicate(mesh, step.zero_totals(objective))]
+    held = [current, sharding.replicate(mesh, step.zero_totals(family, objective))]
     compiled, seconds, flops = ahead(advance, *held, inputs)
 
     def call():

@@ -33,7 +33,7 @@ def make(config, objective: str):
     real, fake = ({"image": i, "label": y} for i, y in zip(images, labels, strict=True))
     real, fake = sharding.put_batch(mesh, real), sharding.put_batch(mesh, fake)
     hyper = step.Hyper(4.0, 0.2, 1e-6, (-0.4, 1.2))
-    held = [current, sharding.replicate(mesh, step.zero_totals(objective))]
+    held = [current, sharding.replicate(mesh, step.zero_totals(family, objective))]
     partners = dict(ref=params, fake=fake) if objective == "ddo" else dict(fake=None)
     inputs = step.Inputs(frozen, real, key=key, hyper=hyper, **partners)
 

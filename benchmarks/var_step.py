@@ -71,7 +71,7 @@ def programs(config) -> dict:
 
     training = step.Training(family, mesh, c, "ddo", warmup=0.0, total=1e6)
     current, advance = sharding.place(mesh, state.new_state(params, training.optimizer)), step.make_step(training)
-    held = [current, sharding.replicate(mesh, step.zero_totals("ddo"))]
+    held = [current, sharding.replicate(mesh, step.zero_totals(family, "ddo"))]
 
     def update(s_ref):
         held[:] = advance(*held, step.Inputs(frozen, record, record, key, hyper, s_ref=s_ref))

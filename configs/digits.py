@@ -6,8 +6,8 @@ Hardware: 2 CPU cores, no accelerator. Expected: FD x 100 to the training images
 about 6 by DDO (6.6, 5.6, 5.6 on training seeds 0, 1, 2; checkpoints chosen on one range of sampling seeds,
 reported on three others).
 
-Variants: `:runlocal` the same code path in under a minute; `:unet` a small DDPM++ instead of the MLP
-(convolutions are slow on XLA's CPU backend; its full length was not timed).
+Variants: `:neon` Neon in place of DDO (docs/methods.md); `:runlocal` the same code path in under a minute; `:unet` a
+small DDPM++ instead of the MLP (convolutions are slow on XLA's CPU backend; its full length was not timed).
 
 The recipe was searched on this data: "ours" below; "EDM" marks Karras et al. 2022.
 """
@@ -119,4 +119,11 @@ def unet(config):
     config.eval.batch = 256
 
 
-VARIANTS = {"runlocal": runlocal, "unet": unet}
+def neon(config):
+    """Neon on the same pools; length, rate and w are ours."""
+    config.name = "Neon on 8x8 digits"
+    config.method = "neon"
+    config.neon.w = (0.5, 1.0, 2.0, 4.0)
+
+
+VARIANTS = {"neon": neon, "runlocal": runlocal, "unet": unet}

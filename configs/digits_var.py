@@ -8,11 +8,12 @@ checkpoints chosen on one range of sampling seeds, reported on three others, whe
 1. Mostly the first round; the recipe was chosen on seed 0.
 
 The tokenizer is configs/digits_vqvae.safetensors (1x1, 2x2 and 4x4 tokens of a codebook of 128), made by
-examples/digits_vqvae.py. Everything else is as on ImageNet: fakes online by the reference, unguided and unfiltered,
+examples/vqvae.py. Everything else is as on ImageNet: fakes online by the reference, unguided and unfiltered,
 decoded to pixels and encoded again; the reference's likelihoods kept; dropped labels, so that guidance stays usable.
 
-Variants: `:runlocal` the same code path in little; `:pool` fakes sampled once a round instead. Baselines from the same
-start: --config.objective=cca, --config.objective=mle.
+Variants: `:runlocal` the same code path in little; `:pool` fakes sampled once a round instead; `:published` the rounds
+as the authors' program has them; `:neon` Neon in place of DDO (docs/methods.md). Baselines from the same start:
+--config.method=cca, --config.method=mle.
 
 The recipe was searched on this data: "ours" below. "VAR" marks Tian et al. 2024.
 """
@@ -58,6 +59,7 @@ def get_config(variant: str = ""):
     ddo.pool = 0  # online, as in the paper
     ddo.alpha = (1.0,)  # ours: 21 tokens are less than the 680 that want 10 to 100
     ddo.beta = (0.1,)  # ours: of 21 tokens; 0.02 of 680
+    ddo.dropped_row_loss = "posonly"  # ours
     ddo.lr = 5e-4
     ddo.ema_mimg = decay_to_half_life(0.9, BATCH) / 1e6  # ours; the paper has none
     ddo.eval_every.steps = 20
@@ -79,7 +81,7 @@ def get_config(variant: str = ""):
     config.eval.also = ({"cfg": 1.0},)  # is guidance still of use?
     config.log.every = 20
 
-    variants.apply(config, variant, {"runlocal": runlocal, "pool": pool})
+    variants.apply(config, variant, {"runlocal": runlocal, "pool": pool, "published": published, "neon": neon})
     return config
 
 
@@ -87,6 +89,20 @@ def pool(config) -> None:
     """Fakes sampled once a round; they return, and so does what the reference said of them."""
     config.name += ", offline pool"
     config.ddo.pool = 4096
+
+
+def published(config) -> None:
+    """What of the authors' recipe (configs/var_in256.py) is no matter of size: dropped rows, labels, guided fakes."""
+    config.name += ", the published form"
+    config.ddo.update(dropped_row_loss="posonly_w1", cond_drop_rate=0.5, fakes_cfg=1.0)
+
+
+def neon(config) -> None:
+    """Neon on a pool of the same size; length, rate and w are ours."""
+    pool(config)
+    config.name = "Neon of a small VAR on 8x8 digits"
+    config.method = "neon"
+    config.neon.w = (0.5, 1.0, 2.0, 4.0)
 
 
 def runlocal(config) -> None:

@@ -31,7 +31,7 @@ def micro_config():
     c.control.update(enabled=True, factor=1, lrs=(1e-3,))
     c.control.eval_every.steps = 1
     c.eval.update(num=48, batch=32, report_seeds=2, grid=10)
-    c.log.update(every=1, tensorboard=False)
+    c.log.update(every=1, tensorboard=False, signal=0)
     return c
 
 

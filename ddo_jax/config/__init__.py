@@ -3,8 +3,20 @@
 A config file starts from `base()`, which is locked: a misspelt key answers "Did you mean ...".
 """
 
-from ddo_jax.config.keys import HARMLESS, MOST_STEPS, OBJECTIVES, base, difference, is_set, leaves, steps
+from ddo_jax.config.keys import (
+    HARMLESS,
+    METHODS,
+    MOST_STEPS,
+    base,
+    difference,
+    is_set,
+    leaves,
+    method_of,
+    samples_fakes,
+    steps,
+)
 from ddo_jax.config.validate import check_claimed, require, validate
 
-__all__ = ["HARMLESS", "MOST_STEPS", "OBJECTIVES", "base", "check_claimed", "difference", "is_set", "leaves"]
+__all__ = ["HARMLESS", "MOST_STEPS", "METHODS", "base", "check_claimed", "difference", "is_set", "leaves"]
+__all__ += ["method_of", "samples_fakes"]
 __all__ += ["require", "steps", "validate"]

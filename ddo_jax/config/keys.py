@@ -7,7 +7,7 @@ from ml_collections import ConfigDict, config_dict
 from ddo_jax.errors import UserError
 from ddo_jax.families.base import PHASES, SAMPLER
 
-OBJECTIVES = ("ddo", "mle", "cca")
+METHODS = ("ddo", "neon", "mle", "cca")
 
 
 def _duration(**given) -> dict:
@@ -54,8 +54,8 @@ def _evaluation() -> dict:
         weights=config_dict.placeholder(str),  # of the feature network; unset: its known name
         dinov2_weights=config_dict.placeholder(str),  # of fd_dinov2 beside another network; unset: its known name
         efficientnet_weights=config_dict.placeholder(str),  # the same of fd_efficientnet
-        select=config_dict.placeholder(str),  # what selects: fid | sfid | fd_dinov2 | kid; unset: the network's
-        metrics=(),  # scored beside it: fid | sfid | is | pr | kid | fd_dinov2 | fd_efficientnet | fid_inf
+        select=config_dict.placeholder(str),  # what selects: fid | sfid | fd_dinov2 | kid | mind; unset: the network's
+        metrics=(),  # scored beside it: fid | sfid | is | pr | kid | mind | fd_dinov2 | fd_efficientnet | fid_inf
         reference=config_dict.placeholder(str),  # statistics: a file or known name; unset: of the training set
         num=50_000,  # images per reported evaluation
         select_num=config_dict.placeholder(int),  # images per evaluation inside the rounds; unset: num
@@ -72,15 +72,18 @@ def _rounds() -> dict:
     return _training(
         rounds=1,
         length=_duration(),  # of one round
-        alpha=(4.0,),  # the grid of every round is alpha x beta; objective cca: alpha is its lambda
+        alpha=(4.0,),  # the grid of every round is alpha x beta; method cca: alpha is its lambda
         beta=(0.05,),
+        line=(),  # of a round's best checkpoint, ref + w (theta - ref) is scored for these w too; the best is kept
         pool_labels="balanced",  # of the pool's fakes: balanced over the classes | data: the data's frequencies
         pool=50_000,  # fakes per round, sampled before it; 0: the reference makes every step's fakes as it goes
-        # var: rows whose label is dropped have no fake term; how their real one counts is not certain. The
-        # authors' text says that they train by MLE: "nll". Public fragments of their code point to "posonly"
-        # (-log sigmoid(beta r), weight max(alpha, 1)); by its types that code would compute "posonly_w1".
-        dropped_row_loss="posonly",
+        # var: rows whose label is dropped have no fake term. Their real one: -log sigmoid(beta r) of weight 1, which is
+        # what the authors' program computes ("posonly_w1"), of weight max(alpha, 1), which is what it means to
+        # ("posonly"), or the cross-entropy of their text ("nll").
+        dropped_row_loss="posonly_w1",
         reencode=True,  # var: fakes are decoded to pixels and tokenised again, as the data were
+        cond_drop_rate=config_dict.placeholder(float),  # var: share of pairs without label; unset: model.cond_drop_rate
+        fakes_cfg=0.0,  # var: guidance of the fakes; 1.0, a ramp up to 1, in the authors' program, none in their text
         p_std_from=(),  # ((17, 3.0),): P_std from round 17 on; rounds count from 1
     )
 
@@ -93,7 +96,10 @@ def base() -> ConfigDict:
             remark="",  # what the reader of the report must know beside its numbers
             seed=0,  # of training: initialisation, data order, noise
             family="edm",  # edm | edm2 | var | package.module:make, a function (config) -> Family of yours
-            objective="ddo",  # of the rounds: ddo | mle | cca; the last two are baselines without fakes
+            # Of the rounds: ddo | neon: the fakes alone, by MLE, then a step away from them | mle | cca: baselines
+            # without fakes. Unset: ddo.
+            method=config_dict.placeholder(str),
+            objective=config_dict.placeholder(str),  # what `method` was called before 2026-12
             dtype="float32",  # of matrix products in training: float32; bfloat16 and float16 for family var only
             precision="highest",  # matmul and convolution precision: default | high | highest
             remat=False,  # recompute activations in the backward pass: changes memory, never results
@@ -119,6 +125,7 @@ def base() -> ConfigDict:
             pretrain=_training(length=_duration()),
             adapt=_training(length=_duration()),  # of `init` by MLE to this data and its classes; unset: not at all
             ddo=_rounds(),
+            neon=dict(w=(0.5, 1.0, 1.5, 2.0)),  # of method neon: theta = (1 + w) ref - w theta_s; the best is kept
             control=_training(
                 enabled=False,  # continued MLE from the same start, the same evaluations and selection
                 lrs=(1e-4,),
@@ -127,7 +134,8 @@ def base() -> ConfigDict:
             sampler=dict(SAMPLER),  # each family has its own keys and refuses the others'
             eval=_evaluation(),
             mesh=dict(fsdp=1),  # devices that share one copy of the parameters; the rest is "data"
-            log=dict(every=50, tensorboard=True),  # steps
+            # every: steps. signal: batches that a round's first gradients are averaged over (`run.signal`); 0: none
+            log=dict(every=50, tensorboard=True, signal=8),
             keep="best",  # of finished rounds: best = the best checkpoint only | all
             lease_s=600.0,  # a task whose job shows no life for so long is taken over
             stall_s=3600.0,  # a job whose task makes no step or batch of samples for so long shows no life
@@ -174,7 +182,7 @@ def difference(old: dict, new: dict) -> list[str]:
 
     A key of `base()` that an older workdir lacks has its default: what was done before there was such a key.
     """
-    a, b = dict(leaves(old)), dict(leaves(new))
+    a, b = (dict(leaves(config)) | {"method": method_of(config), "objective": None} for config in (old, new))
     a = {k: v for k, v in leaves(base()) if k in b and not k.startswith("model.")} | a
     changed = (k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k))
     return [
@@ -182,6 +190,29 @@ def difference(old: dict, new: dict) -> list[str]:
         for k in changed
         if not any(f"{k}.".startswith(f"{h}.") for h in HARMLESS)
     ]
+
+
+def method_of(config) -> str:
+    """What the rounds train by, of METHODS; also of a config of before 2026-12, where the key was `objective`.
+
+    >>> method_of({"objective": "cca"}), method_of({"method": "neon", "objective": None}), method_of({})
+    ('cca', 'neon', 'ddo')
+
+    Raises:
+      UserError: the two keys contradict each other.
+    """
+    given = {key: config[key] for key in ("method", "objective") if config.get(key) is not None}
+    if len(set(given.values())) > 1:
+        method, objective = given.values()
+        raise UserError(
+            f"config.method: {method!r}, but config.objective, its older name, is {objective!r}; set one of them"
+        )
+    return next(iter(given.values()), "ddo")
+
+
+def samples_fakes(config) -> bool:
+    """Whether the rounds need samples of the reference."""
+    return method_of(config) in ("ddo", "neon")
 
 
 MOST_STEPS = 2**31 - 1

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from ddo_jax.config.keys import OBJECTIVES, base, is_set, leaves, steps
+from ddo_jax.config.keys import METHODS, base, is_set, leaves, method_of, samples_fakes, steps
 from ddo_jax.core.ar import DROPPED_ROW_LOSSES
 from ddo_jax.core.phema import MAX_STD
 from ddo_jax.core.samplers import MOST_SIGMA
@@ -16,7 +16,8 @@ from ddo_jax.errors import UserError
 from ddo_jax.families.base import PHASES, SAMPLER
 
 # Keys that only some families read; each family says which of them are its own (`Spec.config_keys`).
-FAMILY_KEYS = {"dtype", "data.augment", "ddo.dropped_row_loss", "ddo.reencode", "ddo.p_std_from"}
+FAMILY_KEYS = {"dtype", "data.augment", "ddo.dropped_row_loss", "ddo.reencode", "ddo.fakes_cfg"}
+FAMILY_KEYS |= {"ddo.cond_drop_rate", "ddo.p_std_from"}
 FAMILY_KEYS |= {f"{phase}.{key}" for phase in PHASES for key in ("p_mean", "p_std")}
 FAMILY_KEYS |= {f"sampler.{key}" for key in SAMPLER}
 
@@ -129,15 +130,12 @@ def _check_emas(c, phase: str) -> None:
 
 def _check_family(config, dtypes) -> None:
     """What one family has and another would ignore; the sampler's keys are checked by the family."""
-    require(config.objective in OBJECTIVES, "objective", config.objective, ", ".join(OBJECTIVES))
-    if config.objective == "mle":
-        allowed = "one value: objective mle uses neither alpha nor beta"
+    method = method_of(config)
+    require(method in METHODS, "method", method, ", ".join(METHODS))
+    if method in ("mle", "neon"):
+        allowed = f"one value: method {method} uses neither alpha nor beta"
         for key in ("alpha", "beta"):
             require(len(config.ddo[key]) == 1, f"ddo.{key}", config.ddo[key], allowed)
-    if config.objective != "ddo":
-        for key, default in (("dropped_row_loss", "posonly"), ("reencode", True)):
-            value = config.ddo[key]
-            require(value == default, f"ddo.{key}", value, f"{default!r}: objective {config.objective} has no fakes")
     losses = ", ".join(DROPPED_ROW_LOSSES)
     loss = config.ddo.dropped_row_loss
     require(loss in DROPPED_ROW_LOSSES, "ddo.dropped_row_loss", loss, losses)
@@ -224,12 +222,26 @@ def _check_grids(config) -> None:
             ok = _number(value) and 0 < value < math.inf
             require(ok, f"ddo.{key}", value, "finite numbers above 0, as in --config.ddo.alpha='(2.0, 4.0)'")
         _check_apart(f"ddo.{key}", grid)
+    _check_lines(config)
     if config.control.enabled:
         require(config.control.factor >= 1, "control.factor", config.control.factor, "at least 1")
         lrs = config.control.lrs
         ok = len(lrs) > 0 and all(_number(lr) and 0 < lr < math.inf for lr in lrs)
         require(ok, "control.lrs", lrs, "finite numbers above 0")
         _check_apart("control.lrs", lrs)
+
+
+def _check_lines(config) -> None:
+    """The weights that a round's result is extrapolated by."""
+    neon = method_of(config) == "neon"
+    require(not neon or len(config.neon.w) > 0, "neon.w", config.neon.w, "at least one value")
+    for w in config.neon.w:
+        require(_number(w) and 0 < w < math.inf, "neon.w", w, "finite numbers above 0: away from the fakes")
+    require(not neon or not config.ddo.line, "ddo.line", config.ddo.line, "(): method neon has its own, neon.w")
+    for w in config.ddo.line:
+        require(_number(w) and 0 < abs(w) < math.inf, "ddo.line", w, "finite numbers but 0, as in (-1.0, 0.5, 2.0)")
+    for key, line in (("neon.w", config.neon.w), ("ddo.line", config.ddo.line)):
+        _check_apart(key, line)
 
 
 def validate(config, devices: int) -> None:
@@ -261,7 +273,8 @@ def validate(config, devices: int) -> None:
     require(
         0 <= config.ddo.rounds < 1000, "ddo.rounds", config.ddo.rounds, "0 to 999: their directories have three digits"
     )
-    needed = ["ddo.length", "ddo.eval_every"] if config.ddo.rounds else []  # evaluations select the best
+    needed = ["ddo.length"] if config.ddo.rounds else []
+    needed += ["ddo.eval_every"] if config.ddo.rounds and method_of(config) != "neon" else []  # they select the best
     needed += ["control.eval_every"] if config.ddo.rounds and config.control.enabled else []
     for key in needed:
         phase, name = key.split(".")
@@ -288,11 +301,14 @@ def validate(config, devices: int) -> None:
 
 def _check_pool(config) -> None:
     labels, allowed = config.ddo.pool_labels, "balanced, data"
-    if not config.ddo.pool or config.objective != "ddo":
+    if not config.ddo.pool or not samples_fakes(config):
         allowed = "balanced: there is no pool, fakes have the labels of the real rows beside them"
     require(labels in allowed.split(":")[0].split(", "), "ddo.pool_labels", labels, allowed)
     least = config.ddo.batch
     allowed = f"at least ddo.batch = {least}, the fakes of a step, or 0 for fakes made as training goes"
+    if method_of(config) == "neon":
+        allowed = f"at least ddo.batch = {least}: method neon trains on the pool and nothing else"
+        require(config.ddo.pool > 0, "ddo.pool", config.ddo.pool, allowed)
     require(config.ddo.pool == 0 or config.ddo.pool >= least, "ddo.pool", config.ddo.pool, allowed)
 
 
@@ -308,6 +324,8 @@ def _check_evaluation(config) -> None:
     for key in ("eval.batch", "eval.grid", "log.every"):
         section, name = key.split(".")
         require(config[section][name] >= 1, key, config[section][name], "at least 1")
+    allowed = "0 (not measured), or at least 2"
+    require(config.log.signal == 0 or config.log.signal >= 2, "log.signal", config.log.signal, allowed)
     for key in ("num", "select_num"):
         value = config.eval[key]
         require(value is None or value >= 2, f"eval.{key}", value, "at least 2")

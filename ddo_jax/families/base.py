@@ -201,6 +201,10 @@ class Family(abc.ABC):
         sigma_law = (P_mean, P_std), traced, of diffusion; tokens draw whose label is dropped.
         """
 
+    def pair_draw(self, key: jax.Array, n: int, sigma_law: tuple) -> Draws:
+        """`draw` for the pairs of real and fake examples, where that differs from MLE."""
+        return self.draw(key, n, sigma_law)
+
     def version(self, draws: Draws) -> jax.Array:
         """int32 [B] in {0, 1}: which of its two scores (with and without label) an example has; of exact families."""
         return jnp.zeros(jax.tree.leaves(draws)[0].shape[0], jnp.int32)
@@ -231,6 +235,11 @@ class Family(abc.ABC):
         """
         return ddo.ddo_loss(r[:, 0], r[:, 1], alpha=alpha, beta=beta)
 
+    def pair_stats(self, s: Any, r: jax.Array, draws: Draws) -> dict:
+        """More to log of a batch of pairs: {name: (sum, count)}, of s (interleaved rows, as `score` gives it) and r
+        [B,2]; no gradient flows through."""
+        return {}
+
     # -- samples ----------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
@@ -243,7 +252,8 @@ class Family(abc.ABC):
         """
 
     def fake_settings(self, settings: Any) -> Any:
-        """Those of a round's fakes: the reference as it is, without guidance or filters."""
+        """Those of a round's fakes: the reference as it is, without guidance (but where the family's own config says
+        otherwise) and without filters."""
         return settings
 
     def passes(self, settings: Any) -> int:

@@ -39,7 +39,8 @@ TOKENIZER = "var-vae"  # of the released networks
 # What config.model holds beside the arguments of the transformer; label_dim is its num_classes.
 OURS = ("arch", "img_resolution", "img_channels", "label_dim", "sigma_data", "levels", "vae", "cond_drop_rate")
 TOGETHER = 8  # images a device in the tokenizer: its activations at 256 x 256 are 42 MB each
-CONFIG_KEYS = frozenset({"dtype", "ddo.dropped_row_loss", "ddo.reencode", *(f"sampler.{key}" for key in VAR_SAMPLER)})
+OF_ROUNDS = ("dropped_row_loss", "reencode", "fakes_cfg", "cond_drop_rate")
+CONFIG_KEYS = frozenset({"dtype", *(f"ddo.{key}" for key in OF_ROUNDS), *(f"sampler.{key}" for key in VAR_SAMPLER)})
 MOST_CFG = 1e4  # in float32 the logits, some hundreds, times it are still numbers
 
 
@@ -88,7 +89,8 @@ class VARFamily(Family):
     Attributes:
       module: VAR, with the dtype of its matrix products in training. model: the config.model it was built from.
       precision: of float32 matrix products and convolutions. sampling: dtype of the transformer when sampling.
-      dropped_row_loss: see `core.ar.var_ddo_loss`. reencode: fakes are tokens of their decoded pixels.
+      dropped_row_loss: see `core.ar.var_ddo_loss`. reencode: fakes are tokens of their decoded pixels. fakes_cfg: their
+      guidance. pair_drop_rate: of labels in pairs; in MLE phases it is the model's cond_drop_rate.
     """
 
     module: networks.VAR
@@ -97,6 +99,8 @@ class VARFamily(Family):
     sampling: str
     dropped_row_loss: str
     reencode: bool
+    fakes_cfg: float = 0.0
+    pair_drop_rate: float = 0.1
 
     @functools.cached_property
     def spec(self) -> Spec:
@@ -171,6 +175,10 @@ class VARFamily(Family):
             f_hat = self.tokenizer(frozen, examples["tokens"], method="f_hat")
         return in_parts(lambda f: self.tokenizer(frozen, f, method="decode"), f_hat, TOGETHER * jax.device_count())
 
+    def round_trip(self, frozen: PyTree, examples: Examples) -> jax.Array:
+        """Tokens of decoded pixels: what data have passed through, fakes must have, too (specs/ddo.md section 10)."""
+        return self.tokens_of(frozen, self.pixels_of(frozen, examples))
+
     # -- the seam (families/base.py) -------------------------------------------------------------------------
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
@@ -194,6 +202,9 @@ class VARFamily(Family):
 
     def draw(self, key: jax.Array, n: int, sigma_law: tuple) -> Draws:
         return {"dropped": jax.random.bernoulli(key, self.model["cond_drop_rate"], (n,))}
+
+    def pair_draw(self, key: jax.Array, n: int, sigma_law: tuple) -> Draws:
+        return {"dropped": jax.random.bernoulli(key, self.pair_drop_rate, (n,))}
 
     def version(self, draws: Draws) -> jax.Array:
         return draws["dropped"].astype(jnp.int32)
@@ -229,6 +240,17 @@ class VARFamily(Family):
             dropped_row_loss=self.dropped_row_loss,
         )
 
+    def pair_stats(self, s: Any, r: jax.Array, draws: Draws) -> dict:
+        """Gaps of the rows without label, which are scored as the unconditional model; cross-entropies of target and
+        reference in nats a token."""
+        dropped, logp = draws["dropped"].astype(jnp.float32), s.reshape(-1, 2)
+        stats, rows = {}, jnp.asarray(len(r), jnp.float32)
+        for column, side in enumerate(("real", "fake")):
+            stats[f"r_{side}_dropped"] = (jnp.sum(dropped * r[:, column]), jnp.sum(dropped))
+            for name, values in (("ce", logp[:, column]), ("ce_ref", logp[:, column] - r[:, column])):
+                stats[f"{name}_{side}"] = (-jnp.sum(values) / self.module.length, rows)
+        return stats
+
     def mle_loss(self, params: PyTree, frozen: PyTree, examples: Examples, draws: Draws, key: jax.Array) -> jax.Array:
         """Cross-entropy a token: its mean over the L tokens, as the base model was trained (section 4.5)."""
         logp = self.score(params, frozen, examples, draws, train=True, rngs={"dropout": key})
@@ -256,7 +278,7 @@ class VARFamily(Family):
         examples = {"tokens": tokens, "f_hat": f_hat, "label": labels}
         if not settings.reencode:
             return examples
-        return {"tokens": self.tokens_of(frozen, self.pixels_of(frozen, examples)), "label": labels}
+        return {"tokens": self.round_trip(frozen, examples), "label": labels}
 
     def settings(self, sampler: Any) -> Any:
         """config.sampler -> VARSettings.
@@ -273,7 +295,7 @@ class VARFamily(Family):
         return settings
 
     def fake_settings(self, settings: Any) -> Any:
-        return VARSettings(reencode=self.reencode, scales=settings.scales)
+        return VARSettings(cfg=self.fakes_cfg, reencode=self.reencode, scales=settings.scales)
 
     def imported(self, released: Any) -> tuple[PyTree, PyTree]:
         if released.kind != "var":
@@ -324,11 +346,16 @@ def make(config: Any) -> Family:
     if model["arch"] != "VAR":
         raise UserError(f"config.model.arch: {model['arch']!r}; allowed for family var: VAR")
     model = {"vae": TOKENIZER, "cond_drop_rate": 0.1, **model}
-    if not 0 <= model["cond_drop_rate"] < 1:
-        raise UserError(f"config.model.cond_drop_rate: {model['cond_drop_rate']}; allowed: 0 to below 1")
+    ddo, rate = config.ddo, model["cond_drop_rate"]
+    pair_rate = rate if ddo.cond_drop_rate is None else ddo.cond_drop_rate
+    for key, value in (("model", rate), ("ddo", pair_rate)):
+        if not 0 <= value < 1:
+            raise UserError(f"config.{key}.cond_drop_rate: {value}; allowed: 0 to below 1")
+    if not 0 <= ddo.fakes_cfg <= MOST_CFG:
+        raise UserError(f"config.ddo.fakes_cfg: {ddo.fakes_cfg}; allowed: 0 (no guidance) to {MOST_CFG:g}")
     try:
         module = networks.from_config(released_arguments(model), HALF.get(config.dtype), config.remat)
     except (TypeError, ValueError) as e:
         raise UserError(f"config.model: {e}") from None
-    how = (config.precision, config.eval.dtype, config.ddo.dropped_row_loss, config.ddo.reencode)
+    how = (config.precision, config.eval.dtype, ddo.dropped_row_loss, ddo.reencode, float(ddo.fakes_cfg), pair_rate)
     return VARFamily(module, model, *how)

@@ -1,7 +1,6 @@
 """`--dry_run`: what a run will do and need, from shapes alone. Nothing of the real size is allocated."""
 
 import math
-from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -13,12 +12,10 @@ from ddo_jax.errors import UserError
 from ddo_jax.evaluate import features
 from ddo_jax.families import get_family
 from ddo_jax.plan import memory
-from ddo_jax.run import fill, scoring, state
+from ddo_jax.run import costs, fill, scoring, state
 from ddo_jax.run.checks import check_network
 from ddo_jax.store import classes, load
 
-EACH_ROUND = "each round"
-PASSES = {"pretrain": 3, "adapt": 3, "ddo": 8, "control": 3}  # phases in order; see `work`
 SHOW_HOURS = "--images_per_s=TRAIN[,SAMPLE] (real images of DDO steps a second, all devices; images sampled a second)"
 
 
@@ -60,10 +57,11 @@ def plan(config: ConfigDict, workdir: str, images_per_s: list[str] | None = None
     rates = throughput(images_per_s)
     found = at_hand(config, family)
     images = found["data"][1]
+    parts = costs.work(config, images)
     params, frozen = memory.abstract(family)
     flops, nfe = forward_flops(family, params, frozen), settings.nfe
-    each = family.passes(settings)  # forward passes that an image costs: cached keys make VAR's ten steps one
-    step = passes(config, "ddo") * flops * config.ddo.batch
+    each = costs.each(family, settings)  # cached keys make VAR's ten steps one
+    step = costs.passes(config, "ddo") * flops * config.ddo.batch
     sections = [
         "config",
         _indent([f"{key} = {value!r}" for key, value in configs.leaves(config)]),
@@ -73,12 +71,12 @@ def plan(config: ConfigDict, workdir: str, images_per_s: list[str] | None = None
         "memory",
         _indent(_memory(config, len(devices), params)),
         f"forward      {human(flops, 'FLOP')} per image; a DDO step {human(step, 'FLOP')}, "
-        f"an image sampled {human(each * flops, 'FLOP')} ({nfe} NFE)",
+        f"an image sampled {human(each.judged * flops, 'FLOP')} ({nfe} NFE)",
         *(f"{name:<12} {text}" for name, (text, _) in found.items()),
         "plan",
         _indent(_phases(config, images)),
         "cost",
-        _indent(_costs(config, work(config, images), flops, each, rates)),
+        _indent(_costs(config, parts, flops, each, rates) + costs.shares(config, parts, each)),
         f"disk         {human(_disk(config, family, params, images), 'B')} at most at a time in the workdir",
     ]
     return "\n".join(sections)
@@ -156,8 +154,9 @@ def _memory(config, devices: int, params) -> list[str]:
         variant = config.copy_and_resolve_references()
         variant.remat = remat
         families[remat] = get_family(variant)
-    for section in [s for s in PASSES if _candidates(config, s)]:
-        objective = config.objective if section == "ddo" else "mle"
+    for section in [s for s in costs.PASSES if costs.candidates(config, s)]:
+        method = configs.method_of(config)
+        objective = method if section == "ddo" and method != "neon" else "mle"
         parts, other = (
             memory.step_bytes(family, config[section], objective, devices, config.mesh.fsdp)
             for family in families.values()
@@ -175,129 +174,66 @@ def _memory(config, devices: int, params) -> list[str]:
     ]
 
 
-def _length(config, section: str, examples: int, key: str) -> int | None:
-    c = config[section]
-    return configs.steps(c[key], c.batch, examples, f"{section}.{key}")
-
-
-def _total(config, section: str, examples: int) -> int:
-    """Steps of a phase."""
-    if section == "control":
-        return config.control.factor * config.ddo.rounds * _total(config, "ddo", examples)
-    return _length(config, section, examples, "length")
-
-
-def _times(config, section: str, examples: int, key: str) -> int:
-    """How often a phase does what it does `key` = "eval_every" or "snapshot_every" steps; at its end too."""
-    every = _length(config, section, examples, key)
-    return math.ceil(_total(config, section, examples) / every) if every else 0
-
-
-def _candidates(config, section: str) -> int:
-    """Trainings of a phase: of the pretraining, of one round, of the control; 0 if it is off."""
-    if section == "pretrain":
-        return int(config.init == "scratch")
-    if section == "adapt":
-        return int(configs.is_set(config.adapt.length))
-    if section == "ddo":
-        return len(config.ddo.alpha) * len(config.ddo.beta) if config.ddo.rounds else 0
-    return len(config.control.lrs) if config.control.enabled and config.ddo.rounds else 0
-
-
 def _phases(config, examples: int) -> list[str]:
     lines = []
     if config.init == "scratch":
-        lines.append(f"pretrain     {_total(config, 'pretrain', examples)} steps of {config.pretrain.batch} images")
+        lines.append(
+            f"pretrain     {costs.total(config, 'pretrain', examples)} steps of {config.pretrain.batch} images"
+        )
     else:
         lines.append(f"start        {config.init}")
-    if _candidates(config, "adapt"):
-        steps = _total(config, "adapt", examples)
+    if costs.candidates(config, "adapt"):
+        steps = costs.total(config, "adapt", examples)
         lines.append(f"adapt        {steps} steps of {config.adapt.batch} images, what depends on classes drawn anew")
-    c, grid, steps = config.ddo, _candidates(config, "ddo"), _total(config, "ddo", examples)
-    if c.rounds:
-        evaluations = 1 + grid * _times(config, "ddo", examples, "eval_every")
-        fakes = {"mle": "", "cca": f" + {c.batch} (the same under wrong labels)"}.get(config.objective, f" + {c.batch}")
-        made = f"{c.pool} fakes, then " if c.pool and config.objective == "ddo" else ""
-        if not c.pool and config.objective == "ddo":
-            fakes += " (made by the reference as training goes)"
-        lines.append(
-            f"{c.rounds} rounds     {made}{grid} candidates of {steps} steps of "
-            f"{c.batch}{fakes} images; {evaluations} evaluations of {_judged(config)} images"
-        )
-    if config.control.enabled and c.rounds:
-        steps = _total(config, "control", examples)
-        lines.append(f"control      {_candidates(config, 'control')} learning rates, {steps} steps each")
+    if config.ddo.rounds:
+        lines.append(_round(config, examples))
+    if costs.candidates(config, "control"):
+        steps = costs.total(config, "control", examples)
+        lines.append(f"control      {costs.candidates(config, 'control')} learning rates, {steps} steps each")
     lines.append(f"report       {config.eval.report_seeds} seed ranges of {config.eval.num} images a system")
     return lines
 
 
-def _judged(config) -> int:
-    """Images of one evaluation inside a phase."""
-    return config.eval.select_num or config.eval.num
+def _round(config, examples: int) -> str:
+    """A round in a line."""
+    c, method, grid = config.ddo, configs.method_of(config), costs.candidates(config, "ddo")
+    fakes = {"mle": "", "neon": " fakes", "cca": f" + {c.batch} (the same under wrong labels)"}
+    beside = fakes.get(method, f" + {c.batch}" + " (made by the reference as training goes)" * (not c.pool))
+    made = f"{c.pool} fakes, then " if c.pool and configs.samples_fakes(config) else ""
+    line = len(config.neon.w) if method == "neon" else len(c.line)
+    then = f", {line} points of a line" if line else ""
+    return (
+        f"{c.rounds} rounds     {made}{grid} candidates of {costs.total(config, 'ddo', examples)} steps of "
+        f"{c.batch}{beside} images{then}; {costs.evaluations(config, 'ddo', examples)} evaluations of "
+        f"{costs.judged(config)} images"
+    )
 
 
-def passes(config, section: str) -> int:
-    """Forward passes that a real image costs in training, and what it brings along (see `work`)."""
-    pairs = section == "ddo" and config.objective != "mle"
-    return PASSES["ddo" if pairs else "control"] + config.remat * (2 if pairs else 1)
-
-
-class Work(NamedTuple):
-    """What a part of a run costs. trained: real images. passes: see there. sampled: images."""
-
-    name: str
-    trained: int
-    passes: int
-    sampled: int
-
-
-def work(config, examples: int) -> list[Work]:
-    """The parts of a run in order; a round once.
-
-    A backward pass costs two forward passes. DDO trains on a real image and a fake with the target, and evaluates
-    the reference on both: 2 (1 + 2) + 2 = 8; MLE takes 3; with remat every trained image takes one more. What the
-    reference said of tokens is kept: examples that return cost 6. Tokenising is not in it.
-    """
-    parts = []
-    for section in PASSES:
-        if grid := _candidates(config, section):
-            evaluations = grid * _times(config, section, examples, "eval_every")
-            sampled = _judged(config) * evaluations
-            trained = grid * _total(config, section, examples) * config[section].batch
-            if section == "ddo":
-                sampled += _judged(config)
-                sampled += (config.ddo.pool or trained // grid) if config.objective == "ddo" else 0
-            name = EACH_ROUND if section == "ddo" else section
-            parts.append(Work(name, trained, passes(config, section), sampled))
-    systems = (1 + bool(config.ddo.rounds) + bool(_candidates(config, "control"))) * (1 + len(config.eval.also))
-    return [*parts, Work("report", 0, 0, systems * config.eval.report_seeds * config.eval.num)]
-
-
-def _costs(config, parts: list[Work], flops: float, each: int, rates: tuple[float, ...]) -> list[str]:
-    """A line for every part, and for all of them: images, PFLOP and, at `rates` (see `throughput`), hours.
-
-    each: forward passes of an image sampled.
-    """
-    rounds, ddo = config.ddo.rounds, passes(config, "ddo")
+def _costs(config, parts: list[costs.Work], flops: float, each: costs.Each, rates: tuple[float, ...]) -> list[str]:
+    """A line for every part, and for all of them: images, PFLOP and, at `rates` (see `throughput`), hours."""
+    rounds, ddo = config.ddo.rounds, costs.passes(config, "ddo")
     train = rates[0] if rates else math.nan
-    sample = rates[1] if len(rates) > 1 else train * ddo / each  # at the same FLOP/s
+    sample = rates[1] if len(rates) > 1 else train * ddo / each.judged  # at the same FLOP/s
 
-    def line(name, real, sampled, pflop, hours):
-        return f"{name:<14} {real:>14} {sampled:>14} {pflop:>14}" + (f" {hours:>10}" if rates else "")
+    def line(name, *numbers, hours):
+        cells = " ".join(f"{number:>14}" for number in numbers)
+        return f"{name:<14} {cells}" + (f" {hours:>10}" if rates else "")
 
-    def row(name, some: list[Work], times: int = 1):
-        trained, sampled = (times * sum(getattr(p, key) for p in some) for key in ("trained", "sampled"))
-        forwards = times * sum(p.trained * p.passes for p in some)
-        hours = (forwards / ddo / train + sampled / sample) / 3600
-        pflop = (forwards + each * sampled) * flops / 1e15
-        return line(name, f"{trained:,}", f"{sampled:,}", f"{pflop:,.4g}", f"{hours:,.4g}")
+    def row(name, some: list[costs.Work], times: int = 1):
+        trained, fakes, judged = (times * sum(getattr(p, key) for p in some) for key in ("trained", "fakes", "judged"))
+        spent = [costs.forwards(p, each) for p in some]
+        forwards = times * sum(s["training"] for s in spent)
+        sampled = times * sum(s["fakes"] + s["selection"] for s in spent)
+        hours = (forwards / ddo / train + sampled / each.judged / sample) / 3600
+        pflop = (forwards + sampled) * flops / 1e15
+        return line(name, f"{trained:,}", f"{fakes:,}", f"{judged:,}", f"{pflop:,.4g}", hours=f"{hours:,.4g}")
 
-    lines = [line("", "real images", "sampled", "PFLOP", "hours")]
+    lines = [line("", "trained", "fakes sampled", "judged", "PFLOP", hours="hours")]
     for part in parts:
         lines.append(row(part.name, [part]))
-        if part.name == EACH_ROUND:
+        if part.name == costs.EACH_ROUND:
             lines.append(row(f"all {rounds} rounds", [part], rounds))
-    lines.append(row("everything", [p for p in parts for _ in range(rounds if p.name == EACH_ROUND else 1)]))
+    lines.append(row("everything", [p for p in parts for _ in range(rounds if p.name == costs.EACH_ROUND else 1)]))
     if rates:
         return [*lines, f"at {train:g} real images/s in DDO steps and {sample:.4g} images/s sampled, over all devices"]
     return [*lines, f"hours: give {SHOW_HOURS}"]
@@ -307,10 +243,12 @@ def _disk(config, family, params, examples: int) -> float:
     """Checkpoints (latest two and best of a round's candidates, one of every older round), pool, snapshots, best/."""
     count = state.parameter_count(params)
     total = 2 * 4 * count  # best/: a checkpoint of the EMA, and safetensors
-    for section in [s for s in PASSES if _candidates(config, s)]:
-        emas, candidates = config[section].ema_stds, _candidates(config, section)
+    for section in [s for s in costs.PASSES if costs.candidates(config, s)]:
+        emas, candidates = config[section].ema_stds, costs.candidates(config, section)
         checkpoint = 4 * count * (3 + max(1, len(emas)))  # parameters, two moments, EMAs
-        snapshots = 2 * count * len(emas) * _times(config, section, examples, "snapshot_every")  # float16; all stay
+        snapshots = (
+            2 * count * len(emas) * costs.times(config, section, examples, "snapshot_every")
+        )  # float16; all stay
         times = config.ddo.rounds if section == "ddo" else 1
         whole = times if config.keep == "all" else 1  # with all its checkpoints and its pool
         total += 3 * candidates * checkpoint * whole + checkpoint * (times - whole) + snapshots * candidates * times
@@ -320,4 +258,4 @@ def _disk(config, family, params, examples: int) -> float:
 
 def _pool(config, family) -> int:
     """Bytes of a round's fakes."""
-    return config.ddo.pool * family.spec.stored.nbytes if config.objective == "ddo" else 0
+    return config.ddo.pool * family.spec.stored.nbytes if configs.samples_fakes(config) else 0

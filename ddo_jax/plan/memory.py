@@ -87,7 +87,7 @@ def workspace_bytes(family, c, objective: str, params, frozen, devices: int) -> 
 
         real, fake = (family.encode(frozen, r, key) for r in (real, fake))
         said = jnp.zeros((rows, 2)) if family.spec.exact else None  # asked outside the step
-        batch = Pair(real, fake, family.draw(key, rows, hyper.sigma_law), said)
+        batch = Pair(real, fake, family.pair_draw(key, rows, hyper.sigma_law), said)
         return step.accumulated(loss, family.project(params, objective), batch, c.accumulation)
 
     def mle(params, ref, frozen, real, fake, key):

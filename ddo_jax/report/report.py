@@ -4,7 +4,7 @@ import dataclasses
 import io
 import json
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -48,6 +48,16 @@ class Scores:
 
     evals: list[Evaluation]
     nearest: float | None = None
+
+
+class Point(NamedTuple):
+    """A point of a line search. through: the candidate that the line goes through at w = 1."""
+
+    round: int
+    through: str
+    w: float
+    metric: str
+    score: float
 
 
 def table(header: list[str], rows: list[list]) -> str:
@@ -125,7 +135,8 @@ class Report:
     Attributes:
       config: of the run. scores: {"start" | "ddo" | "control" | HELD_OUT | AMONG | one of them under other settings}.
       rounds: in order. curves: of every candidate. ratios: at every round's best. grids: {system: images}, same seeds.
-      notes: sentences on the run that a reader must know beside its numbers.
+      notes: sentences on the run that a reader must know beside its numbers. lines: of line searches. signal, cost: of
+        each round's first gradients, of the whole; as header and rows of a table. shares: sentences on the cost.
     """
 
     config: Any
@@ -135,6 +146,10 @@ class Report:
     ratios: list[plots.Ratios]
     grids: dict[str, np.ndarray]
     notes: tuple[str, ...] = ()
+    lines: tuple[Point, ...] = ()
+    signal: tuple[list, ...] = ()
+    cost: tuple[list, ...] = ()
+    shares: tuple[str, ...] = ()
 
     def write(self, directory: epath.PathLike) -> epath.Path:
         """report.md and its pictures; the path of report.md."""
@@ -154,6 +169,37 @@ class Report:
     def text(self, pictures: list[str]) -> str:
         """report.md; pictures: the names of those that lie beside it."""
         return _text(self, pictures)
+
+
+def _line_table(points: tuple[Point, ...]) -> list[str]:
+    """Points of the line searches, a row each."""
+    if not points:
+        return []
+    rows = [[p.round, p.through, f"{p.w:g}", f"{p.score:.3f}"] for p in points]
+    return ["## Line search", LINE, table(["round", "through", "w", points[0].metric], rows)]
+
+
+def _signal_table(rows: tuple[list, ...]) -> list[str]:
+    header = ["round", "real: norm", "if there were only noise", "fakes: norm", "if there were only noise"]
+    return ["## First gradients", SIGNAL, table(header, list(rows))] if rows else []
+
+
+def _cost_table(report: Report) -> list[str]:
+    if not report.cost:
+        return []
+    header = ["", "images trained on", "fakes sampled", "images sampled to be scored"]
+    said = "\n".join(f"* {line}" for line in report.shares)
+    return ["## Cost", table(header, list(report.cost)), *([said] if said else [])]
+
+
+LINE = (
+    "θ(w) = (1 − w) θ_ref + w θ: w = 1 is what was trained, w > 1 goes further, w < 0 the other way (of Neon −w is "
+    "shown). Scored on the round's selection seeds, as the candidates are."
+)
+SIGNAL = (
+    "Norm of the mean gradient of log p of the reference at the start of a round, on real images and on its own "
+    "samples. Where it is no larger than noise alone would make it, DDO's first step is chance's."
+)
 
 
 def _grid_pictures(grids: dict[str, np.ndarray], levels: int) -> dict[str, Figure]:
@@ -207,5 +253,6 @@ def _text(report: Report, pictures: list[str]) -> str:
     for name in ("samples", "curves", "ratios"):
         if name in pictures:
             parts.append(f"## {name.capitalize()}\n\n![{name}]({name}.png)\n\n{CAPTIONS[name]}")
+    parts += _line_table(report.lines) + _signal_table(report.signal) + _cost_table(report)
     parts += ["## Protocol", protocol_table(scores, rounds), "All numbers:", shared_protocol(scores)]
     return "\n\n".join(parts) + "\n"

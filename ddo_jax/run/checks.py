@@ -49,9 +49,10 @@ def check_network(config):
     except Exception as e:  # what Flax and JAX raise for arguments that give no network is of many kinds
         raise UserError(f"config.model: no such network: {type(e).__name__}: {one_line(e)}") from None
     configs.check_claimed(config, family.spec)
-    if config.objective not in family.objectives:
-        allowed = f"{', '.join(family.objectives)}, of family {family.spec.name}"
-        raise UserError(f"config.objective: {config.objective!r}; allowed: {allowed}")
+    method = configs.method_of(config)
+    if method not in (*family.objectives, "neon"):
+        allowed = f"neon, {', '.join(family.objectives)}, of family {family.spec.name}"
+        raise UserError(f"config.method: {method!r}; allowed: {allowed}")
     for given in config.eval.also:
         family.settings({**config.sampler, **given})
     return family, family.settings(config.sampler), sharding.make_mesh(config.mesh.fsdp)
@@ -172,7 +173,7 @@ def check_sizes(config, family, examples: int) -> None:
     allowed = f"at most {MOST_GRID:,}, the images of one picture"
     configs.require(config.eval.grid <= MOST_GRID, "eval.grid", config.eval.grid, allowed)
     _check_steps_and_seeds(config, examples)
-    if config.objective == "ddo":
+    if configs.samples_fakes(config):
         each = family.spec.stored.nbytes
         limits.require("config.ddo.pool", config.ddo.pool, config.ddo.pool * each, limits.host_bytes(), "a pool")
 
@@ -186,7 +187,7 @@ def _check_steps_and_seeds(config, examples: int) -> None:
     if config.control.enabled:
         allowed = f"at most {configs.MOST_STEPS:,} steps in all"
         configs.require(steps <= configs.MOST_STEPS, "control.factor", config.control.factor, allowed)
-    fakes = 0 if config.objective != "ddo" else c.pool or each_round * c.batch
+    fakes = (c.pool or each_round * c.batch) if configs.samples_fakes(config) else 0
     for key, each, times, purpose in (
         ("eval.num", e.num, e.report_seeds, "report"),
         ("eval.select_num", e.select_num or e.num, max(rounds, 1), "select"),

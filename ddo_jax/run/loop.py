@@ -46,7 +46,7 @@ class Phase:
       section: "pretrain", "ddo" or "control". config: that part of the config.
       objective: "mle", "ddo" or "cca". hyper: its traced numbers.
       steps: of the phase. warmup: images. eval_every, save_every: steps or None.
-      start: parameters it begins from. partners: None for "mle".
+      start: parameters it begins from. partners: None for "mle". source: opens what it reads in place of the data.
       seed: of data order and noise. select: which range of selection seeds its evaluations use.
     """
 
@@ -62,13 +62,14 @@ class Phase:
     save_every: int | None
     start: Any
     partners: Partners | None = None
+    source: Callable | None = None
     seed: int = 0
     select: int = 0
 
 
 def summary(totals, images_per_s: float, lr: float) -> dict[str, float]:
     """The record of one logging interval, keys in groups, from the statistics its steps added up."""
-    totals = jax.device_get(totals)
+    totals = {k: v for k, v in jax.device_get(totals).items() if v[-1] > 0}  # of no row: there is nothing to say
     means = {k: v[0] / v[1] for k, v in totals.items() if len(v) == 2}
     out = {"opt/grad_norm": means["grad_norm"], "opt/lr": lr, "perf/img_per_s": images_per_s}
     if "loss_mle" in means:
@@ -146,8 +147,9 @@ class _Loop:
         """(real, fake, s_ref) of every step from the resume position on, on the devices; key: of the steps."""
         phase, setup = self.phase, self.setup
         order = dict(start=self.first, host=(jax.process_index(), jax.process_count()))
-        flip = setup.config.data.flip
-        reals = batches(setup.training_data, phase.config.batch, phase.seed, flip=flip, with_index=True, **order)
+        own = phase.source is None
+        data, flip = (setup.training_data, setup.config.data.flip) if own else (phase.source(), False)
+        reals = batches(data, phase.config.batch, phase.seed, flip=flip, with_index=True, **order)
         pair = None if phase.partners is None else phase.partners.fakes(self.first)
         asks = None
         if setup.programs.asks is not None and pair is not None:
@@ -156,7 +158,7 @@ class _Loop:
             real = next(reals)
             rows = real.pop("index", None)
             real = sharding.put_batch(setup.mesh, real)
-            if setup.programs.tokens is not None:
+            if own and setup.programs.tokens is not None:
                 real = setup.programs.tokens(setup.frozen, real)
             fake, fake_rows = (None, None) if pair is None else pair(k, real)
             both = {"real": real, "fake": fake}, {"real": rows, "fake": fake_rows}
@@ -190,7 +192,7 @@ class _Loop:
 
     def zero(self):
         """Fresh totals, committed to the mesh like the step's outputs: its second call must not compile again."""
-        return sharding.replicate(self.setup.mesh, step.zero_totals(self.phase.objective))
+        return sharding.replicate(self.setup.mesh, step.zero_totals(self.setup.family, self.phase.objective))
 
     def due(self, done: int, every: int | None) -> bool:
         return every is not None and (done % every == 0 or done == self.phase.steps)
@@ -251,9 +253,10 @@ def result_of(phase: Phase, evals: list[Evaluation]) -> dict:
     }
 
 
-def best_of(evals: list[Evaluation]) -> Evaluation | None:
-    """The evaluation with the lowest score, the earliest of equals; the last one where nothing is scored."""
-    if evals and evals[-1].score is None:
-        return evals[-1]
-    finite = [e for e in evals if np.isfinite(e.score)]
-    return min(finite, key=lambda e: e.score, default=None)
+def best_of(found: list, key: Callable[[Any], Evaluation] = lambda found: found) -> Any:
+    """Of evaluations, or of what `key` takes them from: the lowest score, the earliest of equals; the last one where
+    nothing is scored; None where no score is finite."""
+    if found and key(found[-1]).score is None:
+        return found[-1]
+    finite = [x for x in found if np.isfinite(key(x).score)]
+    return min(finite, key=lambda x: key(x).score, default=None)

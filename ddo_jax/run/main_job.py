@@ -11,7 +11,7 @@ from ddo_jax.evaluate.neighbours import distance_among, nearest_distance, some_i
 from ddo_jax.evaluate.records import Evaluation, Round
 from ddo_jax.generate.seeds import seed_range
 from ddo_jax.report import plots, report
-from ddo_jax.run import jobs, publish, record, rounds
+from ddo_jax.run import costs, jobs, publish, record, rounds
 from ddo_jax.run.checks import FEW
 from ddo_jax.run.prepare import Setup, prepare
 from ddo_jax.run.scoring import evaluations
@@ -164,6 +164,47 @@ def make_report(setup: Setup, systems: dict, scores: dict, played: list[Round]) 
     ratios = [plots.Ratios(number, result["real"], result["fake"]) for number, result in found if result is not None]
     if jax.process_index() != 0:
         return directory / "report.md"
-    about = notes(setup, scores)
-    shown = report.Report(setup.config, scores, played, training_curves(setup, played), ratios, grids, about)
+    shown = report.Report(
+        setup.config,
+        scores,
+        played,
+        training_curves(setup, played),
+        ratios,
+        grids,
+        notes(setup, scores),
+        lines=searched(setup, played),
+        signal=signals(setup, played),
+        **costs_of(setup),
+    )
     return shown.write(directory)
+
+
+def searched(setup: Setup, played: list[Round]) -> tuple[report.Point, ...]:
+    """The points of the rounds' line searches, each line in order."""
+    found = []
+    for r in played:
+        prefix = f"rounds/{r.number:03d}/"
+        results = [x for name, x in publish.finished(setup.workdir).items() if name.startswith(prefix) and "w" in x]
+        for result in sorted(results, key=lambda x: x["w"]):
+            for e in evaluations(result):
+                if e.score is not None:
+                    found.append(report.Point(r.number, result["through"], result["w"], e.metric, e.score))
+    return tuple(found)
+
+
+def signals(setup: Setup, played: list[Round]) -> tuple[list, ...]:
+    """A row a round (see `run.signal`)."""
+    found = [(r.number, jobs.result_of(setup.workdir / f"rounds/{r.number:03d}" / "signal")) for r in played]
+    return tuple(
+        [number, *(f"{x[side][key]:.3g}" for side in ("real", "fake") for key in ("norm", "noise"))]
+        for number, x in found
+        if x is not None
+    )
+
+
+def costs_of(setup: Setup) -> dict:
+    """`cost` and `shares` of the report."""
+    config = setup.config
+    parts, each = costs.work(config, len(setup.data)), costs.each(setup.family, setup.family.settings(config.sampler))
+    rows = [[p.name, f"{p.trained:,}", f"{p.fakes:,}", f"{p.judged:,}"] for p in parts]
+    return {"cost": tuple(rows), "shares": tuple(costs.shares(config, parts, each))}

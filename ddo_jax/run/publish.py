@@ -11,7 +11,7 @@ from ddo_jax.run import jobs, record, rounds
 from ddo_jax.run.prepare import Setup
 from ddo_jax.run.scoring import evaluation, evaluations
 from ddo_jax.store import classes
-from ddo_jax.store.checkpoint import Checkpoints, read_meta, weights_digest
+from ddo_jax.store.checkpoint import keep_ema, read_meta, weights_digest
 
 
 def finished(workdir: epath.Path) -> dict[str, dict]:
@@ -42,12 +42,7 @@ def publish_best(setup: Setup, params) -> None:
     directory = setup.workdir / "best"
 
     def run():
-        if jax.process_index() == 0 and _checkpoint_problem(directory) and (directory / "checkpoints").exists():
-            (directory / "checkpoints").rmtree()
-        sharding.agree(True)  # the other processes wait
-        with Checkpoints(directory / "checkpoints", alone=True) as checkpoints:
-            if checkpoints.latest_step() is None:
-                checkpoints.save(0, {"ema": params}, {"step": 0})
+        keep_ema(directory / "checkpoints", 0, params, {"step": 0})
         host = jax.tree.map(sharding.to_host, (params, setup.frozen))
         written = []
         if jax.process_index() == 0:

@@ -37,7 +37,7 @@ def programs(family, c, mesh) -> Programs:
     """Of the config's section "ddo", on a mesh."""
 
     def draws(key, k, sigma_law):
-        return family.draw(step.step_keys(key, k)[2], c.batch, sigma_law)
+        return family.pair_draw(step.step_keys(key, k)[2], c.batch, sigma_law)
 
     @jax.jit
     def versions(key, first, sigma_law):  # a loop: under vmap some generators of keys draw other numbers

@@ -3,6 +3,7 @@
 round n:  ref = best EMA parameters of round n-1
           fakes = pool sampled from ref once
           every (alpha, beta): params = ref, fresh optimizer, fresh EMA; keep the best checkpoint
+          (method neon: MLE on the fakes alone, then steps away from what that gives)
           best of the round = lowest score over candidates and steps; not better than ref: keep ref
 """
 
@@ -23,7 +24,7 @@ from ddo_jax.data.pipeline import batches
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate.records import Evaluation, Round, read_round
 from ddo_jax.generate.seeds import seed_range
-from ddo_jax.run import fakes, jobs, loop, record, reference_scores, state, step
+from ddo_jax.run import fakes, jobs, lines, loop, record, reference_scores, signal, state, step
 from ddo_jax.run.prepare import Setup
 from ddo_jax.run.scoring import evaluation, evaluations
 from ddo_jax.store import classes
@@ -213,48 +214,35 @@ def read_best(directory: epath.Path) -> Round | None:
 
 
 def _compete(setup: Setup, name: str, index: int, ref) -> Round:
-    """Fakes, the reference's own score, all candidates; the round's summary."""
+    """Fakes, the reference's own score, all candidates, the points of a line; the round's summary."""
     config, directory = setup.config, setup.workdir / name
 
     def score_start():
         return setup.scorer(ref, (name, 0, 0), "select", index)[0].record()
 
     tasks = [jobs.Task(directory / "start", score_start)]
-    pooled = config.objective == "ddo" and config.ddo.pool > 0
+    pooled = configs.samples_fakes(config) and config.ddo.pool > 0
     if pooled:
         tasks += [pool_task(setup, directory, ref, index)]
     start, *_ = divide(setup, tasks)
-
-    first, anchor = anchors(setup.family, setup.mesh, ref)
-    law = sigma_law(config.ddo, index + 1)
-    grid = list(itertools.product(config.ddo.alpha, config.ddo.beta))
 
     @functools.cache  # opened by a job that has a candidate to train, not by one that finds all of them done
     def pool():
         return pools.open_pool(directory / "pool")
 
-    shared = partners(setup, anchor, index, pool, len(grid) > 1) if config.objective != "mle" else None
-    candidates = [
-        phase(
-            setup,
-            "ddo",
-            f"{name}/{candidate_name(alpha, beta, config.objective)}",
-            first,
-            objective=config.objective,
-            hyper=hyper(config.ddo, grid=(alpha, beta), law=law),
-            seed=config.seed + 1000 * (index + 1),
-            select=index,
-            partners=shared,
-        )
-        for alpha, beta in grid
-    ]
-    best = best_candidate(setup, candidates)
+    def samples(number: int = RATIOS):
+        return pool() if pooled else some_fakes(setup, ref, index, number)
 
-    def samples():
-        return pool() if pooled else some_fakes(setup, ref, index, RATIOS)
+    anchor = anchors(setup.family, setup.mesh, ref)
+    law = sigma_law(config.ddo, index + 1)
+    if config.log.signal:
+        divide(setup, [signal_task(setup, name, anchor[1], samples, law)])
+    neon = configs.method_of(config) == "neon"
+    found = (self_trained if neon else grid)(setup, name, index, (ref, *anchor), pool, law)
+    best = Best(*loop.best_of(found, key=lambda pair: pair[1]))
 
     def measure():
-        return ratios(setup, directory, best, (anchor, samples(), law))
+        return ratios(setup, directory, best, (anchor[1], samples(), law))
 
     divide(setup, [jobs.Task(directory / "ratios", measure)])
     before, after = evaluation(start).score, best.evaluation.score
@@ -267,11 +255,78 @@ def _compete(setup: Setup, name: str, index: int, ref) -> Round:
     return Round(index + 1, improved, before, best.candidate, best.evaluation)
 
 
+def grid(setup: Setup, name: str, index: int, params, pool, law) -> list[tuple[str, Evaluation]]:
+    """Every (alpha, beta) trained from the reference, then the line through the best: all evaluations, and whose.
+
+    Args:
+      params: (the reference, and of `anchors`). pool: opens the fakes. law: of noise levels.
+    """
+    config, (ref, first, anchor) = setup.config, params
+    method, cells = configs.method_of(config), list(itertools.product(config.ddo.alpha, config.ddo.beta))
+    shared = partners(setup, anchor, index, pool, len(cells) > 1) if method != "mle" else None
+    phases = [
+        phase(
+            setup,
+            "ddo",
+            f"{name}/{candidate_name(*cell, method)}",
+            first,
+            objective=method,
+            hyper=hyper(config.ddo, grid=cell, law=law),
+            seed=config.seed + 1000 * (index + 1),
+            select=index,
+            partners=shared,
+        )
+        for cell in cells
+    ]
+    found = candidates(setup, phases)
+    if not config.ddo.line:
+        return found
+    best = Best(*loop.best_of(found, key=lambda pair: pair[1]))
+    trained = (best.candidate, best.evaluation.step, best.evaluation.images)
+    return found + points(setup, name, index, ref, trained, config.ddo.line)
+
+
+def self_trained(setup: Setup, name: str, index: int, params, pool, law) -> list[tuple[str, Evaluation]]:
+    """Neon: MLE on the fakes alone, which is not scored, then steps away from it (specs/ddo.md section 8)."""
+    config, (ref, first, _) = setup.config, params
+    fitted = phase(
+        setup,
+        "ddo",
+        f"{name}/neon",
+        first,
+        hyper=hyper(config.ddo, law=law),
+        seed=config.seed + 1000 * (index + 1),
+        eval_every=None,
+        source=pool,
+    )
+    directory, steps = fitted.directory, fitted.steps
+    of_it = [directory.parent / lines.called(-w) for w in config.neon.w]
+
+    def problem(result):
+        return "" if all(jobs.result_of(d) for d in of_it) else _lost(directory, result)
+
+    divide(setup, [jobs.Task(directory, lambda: loop.train(fitted, setup), problem)])
+    trained = ("neon", steps, steps * config.ddo.batch)
+    return points(setup, name, index, ref, trained, [-w for w in config.neon.w])
+
+
+def points(setup: Setup, name: str, index: int, ref, trained, weights) -> list[tuple[str, Evaluation]]:
+    """Points of a line, scored (see `lines.tasks`)."""
+    tasks = lines.tasks(setup, name, index, ref, trained, weights, _lost)
+    return lines.found(tasks, divide(setup, tasks))
+
+
+def signal_task(setup: Setup, name: str, ref, samples, law) -> jobs.Task:
+    """What the first gradients of a round are, beside their noise (see `signal`)."""
+    number = setup.config.log.signal * setup.config.ddo.batch // setup.config.ddo.accumulation
+    return jobs.Task(setup.workdir / name / "signal", lambda: signal.measure(setup, name, ref, samples(number), law))
+
+
 def partners(setup: Setup, ref, index: int, pool, keep: bool) -> loop.Partners:
     """What a phase needs beside data in round `index`; keep: there are several candidates."""
     config = setup.config
     steps = configs.steps(config.ddo.length, config.ddo.batch, len(setup.data), "ddo.length")
-    if config.objective == "cca":
+    if configs.method_of(config) == "cca":
         made = fakes.wrong_labels
     elif config.ddo.pool:
         made = fakes.from_pool(setup.mesh, pool, config.ddo.batch, config.seed + 1000 * (index + 1) + 1)
@@ -317,8 +372,8 @@ def ratios(setup: Setup, directory: epath.Path, best: Best, against, num: int = 
     return {"candidate": best.candidate, "step": step_, **found}
 
 
-def best_candidate(setup: Setup, candidates: list[loop.Phase]) -> Best:
-    """Train all candidates; the best evaluation of all, with the candidate's name.
+def candidates(setup: Setup, phases: list[loop.Phase]) -> list[tuple[str, Evaluation]]:
+    """Train all candidates; (name, evaluation) of every evaluation of all.
 
     One of several candidates may diverge: it is said, and the others go on.
 
@@ -330,26 +385,30 @@ def best_candidate(setup: Setup, candidates: list[loop.Phase]) -> Best:
         try:
             return loop.train(p, setup)
         except loop.Diverged as e:
-            if len(candidates) == 1:
+            if len(phases) == 1:
                 raise
             setup.console.line(f"{e}; the other candidates go on")
             return loop.result_of(p, e.evals) | {"failed": str(e)}
 
-    tasks = [jobs.Task(p.directory, functools.partial(run, p), functools.partial(_lost, p)) for p in candidates]
-    found = [(p, e) for p, r in zip(candidates, divide(setup, tasks), strict=True) for e in evaluations(r)]
-    best = loop.best_of([e for _, e in found])
-    if best is None:
-        raise UserError(f"{candidates[0].name} and all other candidates diverged; lower lr or beta in a new workdir")
-    return next(Best(p.directory.name, e) for p, e in found if e is best)
+    tasks = [jobs.Task(p.directory, functools.partial(run, p), functools.partial(_lost, p.directory)) for p in phases]
+    results = divide(setup, tasks)
+    found = [(p.directory.name, e) for p, r in zip(phases, results, strict=True) for e in evaluations(r)]
+    if loop.best_of([e for _, e in found]) is None:
+        raise UserError(f"{phases[0].name} and all other candidates diverged; lower lr or beta in a new workdir")
+    return found
 
 
-def _lost(phase: loop.Phase, result: dict) -> str:
-    """Which checkpoint of a finished candidate is gone or damaged, in words; "" if its best is there."""
+def _lost(directory: epath.Path, result: dict) -> str:
+    """Which checkpoint of a finished candidate is gone or damaged, in words; "" if its best is there.
+
+    Of one that was not scored (Neon's), its last one is meant.
+    """
     best = result.get("best")
-    if best is None or jobs.result_of(phase.directory.parent / "tidy"):  # of a decided round losers were deleted
+    step = best["step"] if best else result["steps"] if not result.get("failed") else None
+    if step is None or jobs.result_of(directory.parent / "tidy"):  # of a decided round losers were deleted
         return ""
     try:
-        read_meta(phase.directory / "checkpoints", best["step"])
+        read_meta(directory / "checkpoints", step)
     except files.Damaged as e:
         return str(e)
     return ""
@@ -376,7 +435,7 @@ def control(setup: Setup, start):
     config = setup.config
     ddo_steps = configs.steps(config.ddo.length, config.ddo.batch, len(setup.data), "ddo.length")
     steps = config.control.factor * config.ddo.rounds * ddo_steps
-    best = best_candidate(
+    found = candidates(
         setup,
         [
             phase(
@@ -391,5 +450,6 @@ def control(setup: Setup, start):
             for lr in config.control.lrs
         ],
     )
+    best = Best(*loop.best_of(found, key=lambda pair: pair[1]))
     directory = setup.workdir / "control" / best.candidate / "checkpoints"
     return restore_ema(directory, best.evaluation.step, abstract_params(setup)), best

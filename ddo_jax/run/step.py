@@ -84,6 +84,11 @@ def measured(x) -> tuple:
     return jnp.sum(x.astype(jnp.float32)), jnp.asarray(x.size, jnp.float32)
 
 
+def paired(r) -> tuple:
+    """How often the real example of a pair has the larger r, of r [B,2] (columns real, fake); a tie is one half."""
+    return measured(0.5 + 0.5 * jnp.sign(jax.lax.stop_gradient(r[:, 0] - r[:, 1])))
+
+
 def pair_objective(family: Family, objective: str, params, inputs: Inputs, pair: ddo.Pair):
     """Loss and statistics of one (micro-)batch of pairs: `ddo.pair_objective` with the family's own functions.
 
@@ -98,7 +103,8 @@ def pair_objective(family: Family, objective: str, params, inputs: Inputs, pair:
         nll = family.nll(s_real, pair.real, pair.draws)
         r = jnp.stack([r_real, r_fake], axis=1)
         value, stats = family.pair_loss(objective, r, -nll, labels, pair.draws, hyper.alpha, hyper.beta)
-        return value, {**stats, "nll_real": measured(jax.lax.stop_gradient(nll))}
+        own = family.pair_stats(*jax.lax.stop_gradient((s, r)), pair.draws)
+        return value, {**stats, **own, "nll_real": measured(jax.lax.stop_gradient(nll)), "paired_accuracy": paired(r)}
 
     def score(params, examples, draws):
         return family.score(params, inputs.frozen, examples, draws)
@@ -165,12 +171,14 @@ def advance(training: Training, state, grads, lr):
     return {"params": params, **averaged(state, params, c, seen), "opt": opt, "step": state["step"] + 1}
 
 
-def zero_totals(objective: str) -> dict:
+def zero_totals(family: Family, objective: str) -> dict:
     """What the statistics of a step accumulate onto."""
     one = jnp.zeros((1,))
     stats = {"grad_norm": measured(one)}
     if objective != "mle":
         stats |= {**ddo.ddo_loss(one, one, alpha=1.0, beta=1.0)[1], "nll_real": measured(one)}
+        draws = family.pair_draw(jax.random.key(0), 1, (0.0, 1.0))
+        stats |= {"paired_accuracy": measured(one), **family.pair_stats(jnp.zeros(2), jnp.zeros((1, 2)), draws)}
     else:
         stats |= {"loss_mle": measured(one)}
     return jax.tree.map(jnp.zeros_like, stats)
@@ -186,7 +194,8 @@ def gradients(training: Training, params, inputs: Inputs, keys):
     family, c = training.family, training.config
     key_real, key_fake, key_draw, key_loss, key_augment = keys
     real = family.encode(inputs.frozen, inputs.real, key_real)
-    draws = family.draw(key_draw, c.batch, inputs.hyper.sigma_law)
+    draw = family.draw if training.objective == "mle" else family.pair_draw
+    draws = draw(key_draw, c.batch, inputs.hyper.sigma_law)
     if training.objective != "mle":
 
         def pairs(params, pair, j):
@@ -242,7 +251,7 @@ def make_ratio(family: Family, c):
     def ratio(params, ref, frozen, record, key, sigma_law):
         key_encode, key_draw = jax.random.split(key)
         examples = family.encode(frozen, record, key_encode)
-        draws = family.draw(key_draw, c.batch // c.accumulation, sigma_law)
+        draws = family.pair_draw(key_draw, c.batch // c.accumulation, sigma_law)
         s, s_ref = (family.score(family.project(p, "ddo"), frozen, examples, draws) for p in (params, ref))
         return family.ratio(s, s_ref, examples, draws)
 

@@ -277,6 +277,21 @@ def _reason(e: Exception) -> str:
     return (str(e).splitlines() or [type(e).__name__])[0][:160]
 
 
+def keep_ema(directory: epath.PathLike, step: int, params, meta: dict, score: float | None = None) -> None:
+    """Parameters alone as a checkpoint that `restore_ema` reads; a good one that is there stays, a damaged one is
+    replaced. All processes call it."""
+    directory = files.literal(directory)
+    try:
+        read_meta(directory, step)
+    except files.Damaged:
+        if jax.process_index() == 0 and directory.exists():
+            directory.rmtree()
+    sharding.agree(True)  # the other processes wait
+    with Checkpoints(directory, alone=True) as checkpoints:
+        if checkpoints.latest_step() is None:
+            checkpoints.save(step, {"ema": params}, meta, score)
+
+
 def restore_ema(directory: epath.PathLike, step: int | None, abstract):
     """The EMA parameters of one checkpoint (None: the newest), verified, on the shardings of `abstract`.
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from ddo_jax import config as configs
 from ddo_jax import files
 from ddo_jax.data import labels
 from ddo_jax.data.tree import warn
@@ -50,7 +51,7 @@ def look(config, family, data) -> None:
     short = [f"{key} = {value}" for key, value in least.items() if 0 < value < len(some)]
     if short:
         warn(f"{data.name}: {len(some)} classes, more than {', '.join(short)}: not every class is in each of them")
-    pooled = config.objective == "ddo" and config.ddo.pool > 0 and config.ddo.pool_labels == "balanced"
+    pooled = configs.samples_fakes(config) and config.ddo.pool > 0 and config.ddo.pool_labels == "balanced"
     if pooled and config.ddo.rounds and some.max() >= UNEVEN * some.min():
         least, most = (int(np.flatnonzero(counts == n)[0]) for n in (some.min(), some.max()))
         warn(

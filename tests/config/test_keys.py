@@ -146,7 +146,7 @@ def put(config, key, value):
         ("eval.also", ({"top_k": True},), "True; allowed: a int"),
         ("eval.also", ({"guidance": 1.0},), "allowed: dictionaries of sampler settings: cfg"),
         ("ddo.clip", -1.0, "0 or more"),
-        ("objective", "gan", "'gan'; allowed: ddo, mle, cca"),
+        ("method", "gan", "'gan'; allowed: ddo, neon, mle, cca"),
         ("ddo.dropped_row_loss", "mle", "'mle'; allowed: posonly, nll, posonly_w1"),
         ("ddo.pool", -1, "-1; allowed: at least ddo.batch = "),
         ("pretrain.ema_mimg", -1.0, "0 or more"),
@@ -305,5 +305,10 @@ def test_difference_of_keys_that_came_later(micro):
     old = copy.deepcopy(new)
     del old["data"]["crop"], old["objective"], old["sampler"]["cfg"], old["ddo"]["clip"]
     assert configs.difference(old, new) == []
+    del old["method"]
+    old["objective"] = "cca"  # a workdir of before 2026-12
+    assert configs.difference(old, new | {"method": "cca"}) == configs.difference(old, new | {"objective": "cca"}) == []
+    assert configs.difference(old, new) == ["config.method: cca -> ddo"]
+    del old["objective"]
     new["data"]["crop"] = "var"
     assert configs.difference(old, new) == ["config.data.crop:  -> var"]

@@ -14,9 +14,11 @@ import pytest
 from ddo_jax import config as configs
 from ddo_jax import convert, sharding
 from ddo_jax.convert import safetensors
+from ddo_jax.core.ddo import Pair
 from ddo_jax.errors import UserError
 from ddo_jax.families import Family, from_released, get_family
 from ddo_jax.generate.sampler import make_sampler
+from ddo_jax.run import step
 from ddo_jax.run.checks import check_network
 from ddo_jax.run.prepare import initial_frozen
 from ddo_jax.store import load
@@ -181,6 +183,20 @@ def test_losses_have_gradients(case):
     assert all(np.isfinite(leaf).all() for leaf in leaves) and any(np.any(leaf != 0) for leaf in leaves)
     masks = family.decays(case.params)
     assert jax.tree.structure(masks) == jax.tree.structure(case.params)
+
+
+def test_statistics_add_up(case):
+    """Breaks if a batch of pairs gives other statistics than those that a phase starts to add up from."""
+    family = case.family
+
+    def pairs(params):
+        pair = Pair(case.examples, case.examples, case.draws)
+        inputs = step.Inputs(case.frozen, None, None, None, step.Hyper(4.0, 0.1, 1.0, (0.0, 1.0)), params)
+        return step.pair_objective(family, "ddo", params, inputs, pair)[1]
+
+    got = jax.eval_shape(pairs, case.params)
+    zero = {k: v for k, v in step.zero_totals(family, "ddo").items() if k != "grad_norm"}
+    assert jax.tree.structure(got) == jax.tree.structure(zero)
 
 
 def test_a_sample_is_a_function_of_key_and_label(case):

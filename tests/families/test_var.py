@@ -241,6 +241,37 @@ def test_fakes_are_unguided_and_reencoded(small, vae):
     assert not plain.fake_settings(plain.settings({})).reencode
 
 
+def test_what_only_the_rounds_have(vae):
+    """Breaks if the published rate of dropped labels, or guidance of the fakes, reaches MLE or nothing at all."""
+    c = config(vae)
+    c.ddo.update(fakes_cfg=1.0, cond_drop_rate=0.75)
+    family, key = get_family(c), jax.random.key(0)
+    assert family.fake_settings(family.settings({"cfg": 3.0}))[:4] == (1.0, 0, 0.0, False)
+    rates = [float(np.mean(draw(key, 10_000, (0.0, 1.0))["dropped"])) for draw in (family.draw, family.pair_draw)]
+    np.testing.assert_allclose(rates, [0.1, 0.75], atol=0.02)
+    for key, value, words in (
+        ("fakes_cfg", -1.0, "allowed: 0 .no guidance. to"),
+        ("cond_drop_rate", 1.0, "0 to below 1"),
+    ):
+        wrong = config(vae)
+        wrong.ddo[key] = value
+        with pytest.raises(UserError, match=f"config.ddo.{key}: {value}; {'allowed: ' * (key[0] == 'c')}{words}"):
+            get_family(wrong)
+
+
+def test_pair_statistics(vae):
+    """Breaks if gaps of dropped rows mix with the others', or the reference's cross-entropy is not logp - r."""
+    family = get_family(config(vae))
+    logp, r = jnp.array([[-21.0, -42.0], [-63.0, -84.0]]), jnp.array([[2.0, -1.0], [4.0, -3.0]])
+    stats = family.pair_stats(logp.reshape(-1), r, {"dropped": jnp.array([False, True])})
+    means = {k: float(total / count) for k, (total, count) in stats.items()}
+    n = family.spec.stored.shape[0]
+    expected = {"r_real_dropped": 4.0, "r_fake_dropped": -3.0, "ce_real": 42 / n, "ce_fake": 63 / n}
+    expected |= {"ce_ref_real": 45 / n, "ce_ref_fake": 61 / n}
+    assert means.keys() == expected.keys()
+    np.testing.assert_allclose([means[k] for k in expected], list(expected.values()), rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_greedy_guidance_moves_the_tokens(small):
     """Breaks if cfg is ignored, or 1 is taken for "off"."""

@@ -382,7 +382,7 @@ def test_trajectory(small, family):
     for i, lr in enumerate(small.golden["traj/lr"]):
         at = f"traj/{i}/"
         noise = (small.get(f"{at}sigma"), small.get(f"{at}noise"))
-        totals = sharding.replicate(mesh, step.zero_totals("ddo"))
+        totals = sharding.replicate(mesh, step.zero_totals(family, "ddo"))
         sides = [record(small, at, side) for side in ("real", "fake")]
         hyper = step.Hyper(4.0, 0.05, float(lr), noise)
         with jax.numpy_dtype_promotion("standard"):  # optax

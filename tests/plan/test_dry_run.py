@@ -15,7 +15,7 @@ from ddo_jax import sharding
 from ddo_jax.errors import UserError
 from ddo_jax.families import get_family
 from ddo_jax.plan import dry_run, memory
-from ddo_jax.run import state, step
+from ddo_jax.run import costs, state, step
 
 ROOT = Path(__file__).parents[2]
 ROW = jax.ShapeDtypeStruct((1000,), jnp.float32)  # 4000 bytes
@@ -130,7 +130,7 @@ def test_against_the_compiler(micro):
     training = step.Training(family, sharding.make_mesh(), c, "ddo", warmup=0.0, total=1e6)
     shapes = jax.eval_shape(lambda p: state.new_state(p, training.optimizer), params)
     records = memory.record(family, c.batch)
-    totals, key = jax.eval_shape(lambda: (step.zero_totals("ddo"), jax.random.key(0)))
+    totals, key = jax.eval_shape(lambda: (step.zero_totals(family, "ddo"), jax.random.key(0)))
     hyper = step.Hyper(4.0, 0.2, 1e-6, (-0.4, 1.2))
     inputs = step.Inputs(frozen, records, records, key, hyper, params)
     compiled = step.make_step(training).lower(shapes, totals, inputs).compile()
@@ -153,16 +153,16 @@ def section(text: str, name: str) -> str:
 def test_images_and_hours(micro):
     """By hand: two candidates of 2 steps of 16; 40 fakes and (1 + 2 * 2) * 48 images; 3 systems * 2 * 48."""
     micro.ddo.rounds = 3
-    parts = {p.name: p for p in dry_run.work(micro, 1437)}
-    assert parts["pretrain"] == dry_run.Work("pretrain", 3 * 16, 3, 0)
-    assert parts["each round"] == dry_run.Work("each round", 2 * 2 * 16, 8, 40 + 5 * 48)
-    assert parts["control"] == dry_run.Work("control", 3 * 2 * 16, 3, 6 * 48)
-    assert parts["report"] == dry_run.Work("report", 0, 0, 3 * 2 * 48)
+    parts = {p.name: p for p in costs.work(micro, 1437)}
+    assert parts["pretrain"] == costs.Work("pretrain", 3 * 16, 3, 0, 0)
+    assert parts["each round"] == costs.Work("each round", 2 * 2 * 16, 8, 40, 5 * 48)
+    assert parts["control"] == costs.Work("control", 3 * 2 * 16, 3, 0, 6 * 48)
+    assert parts["report"] == costs.Work("report", 0, 0, 0, 3 * 2 * 48)
     with_remat = micro.copy_and_resolve_references()
     with_remat.remat = True  # what is trained on, real and fake, is computed again; the reference is not
-    assert [p.passes for p in dry_run.work(with_remat, 1437)] == [4, 10, 4, 0]
+    assert [p.passes for p in costs.work(with_remat, 1437)] == [4, 10, 4, 0]
 
-    lines = dry_run._costs(micro, list(parts.values()), flops=1e12, each=3, rates=(0.5, 0.25))
+    lines = dry_run._costs(micro, list(parts.values()), flops=1e12, each=costs.Each(3, 3), rates=(0.5, 0.25))
     hours = {line[:14].strip(): float(line.split()[-1]) for line in lines[1:-1]}
     each = (64 / 0.5 + 280 / 0.25) / 3600
     assert hours["each round"] == pytest.approx(each, rel=1e-3) and hours["all 3 rounds"] == pytest.approx(
@@ -173,14 +173,27 @@ def test_images_and_hours(micro):
     )
     pflop = {
         line[:14].strip(): float(line.split()[-1])
-        for line in dry_run._costs(micro, list(parts.values()), 1e12, 3, ())[1:-1]
+        for line in dry_run._costs(micro, list(parts.values()), 1e12, costs.Each(3, 3), ())[1:-1]
     }
     assert pflop["each round"] == pytest.approx((64 * 8 + 280 * 3) / 1000, rel=1e-3)
 
 
+def test_what_a_round_is_for(micro):
+    """By hand: 64 images of 8 passes, 40 fakes, 240 judged, of 3 passes; a cheaper way must be cheaper."""
+    micro.ddo.rounds, each = 3, costs.Each(judged=35, fake=3)
+    parts = costs.work(micro, 1437)
+    spent = costs.forwards(next(p for p in parts if p.name == costs.EACH_ROUND), each)
+    assert spent == {"training": 64 * 8, "fakes": 40 * 3, "selection": 240 * 35}
+    first, second = costs.shares(micro, parts, each)
+    assert first == "a round's FLOPs: training 6%, fakes 1%, selection 93%"
+    assert second == "a cheaper selection would save of them: DPM-Solver-v3 of 12 steps 61%, both 61%"
+    micro.ddo.rounds = 0
+    assert costs.shares(micro, costs.work(micro, 1437), each) == []
+
+
 def test_sampling_rate_from_the_training_rate(micro):
     """One number is enough: sampling at the same FLOP/s. 8 forward passes a training image, 3 a sample."""
-    lines = dry_run._costs(micro, dry_run.work(micro, 1437), flops=1e12, each=3, rates=(30.0,))
+    lines = dry_run._costs(micro, costs.work(micro, 1437), flops=1e12, each=costs.Each(3, 3), rates=(30.0,))
     assert "at 30 real images/s" in lines[-1] and "80 images/s sampled" in lines[-1]
 
 

@@ -67,7 +67,7 @@ def everything(devices, fsdp):
     training = step.Training(family, mesh, c.ddo, "ddo", warmup=0.0, total=1e6)
     current = sharding.place(mesh, state.new_state(first, training.optimizer, c.ddo.ema_stds))
     advance = step.make_step(training)
-    totals = sharding.replicate(mesh, step.zero_totals("ddo"))
+    totals = sharding.replicate(mesh, step.zero_totals(family, "ddo"))
     hyper, k = step.Hyper(4.0, 0.2, 1e-3, (-0.4, 1.2)), sharding.replicate(mesh, key)
     for i in range(2):
         parts = [sharding.put_batch(mesh, {"image": records[j::4], "label": labels[j::4]}) for j in (i, i + 2)]
@@ -129,7 +129,7 @@ def everything(devices, fsdp):
     training = step.Training(family, mesh, c.ddo, "ddo", warmup=0.0, total=1e6)
     current = sharding.place(mesh, state.new_state(ref, training.optimizer))
     advance = step.make_step(training)
-    totals, key = sharding.replicate(mesh, (step.zero_totals("ddo"), jax.random.key(5)))
+    totals, key = sharding.replicate(mesh, (step.zero_totals(family, "ddo"), jax.random.key(5)))
     sampler = make_sampler(family, settings, mesh, 16, output="records")
     pair = fakes.online(mesh, functools.partial(sampler, ref, whole), 16, 2, 0, False)(0)
     kept = {"real": reference_scores.Kept(32), "fake": reference_scores.Kept(32)}

@@ -211,7 +211,7 @@ def test_noise_levels_change_with_their_round(setup, tmp_path, monkeypatch):
     config.ddo.update(p_mean=-0.4, p_std=1.2, p_std_from=((2, 3.0), (4, 4.0)), pool=0)
     place = dict(config=config, workdir=setup.workdir.__class__(tmp_path))
     own = dataclasses.replace(setup, scorer=Judge(setup.scorer, lambda *_: 1.0), **place)
-    monkeypatch.setattr(rounds, "best_candidate", stop)
+    monkeypatch.setattr(rounds, "candidates", stop)
     ref = random_variables(setup.family.init)[0]
     for index in range(4):
         with pytest.raises(InterruptedError):

@@ -33,7 +33,7 @@ def hyper(alpha=4.0, beta=0.2, lr=1e-3, law=(-0.4, 1.2)):
 
 
 def zero(setup, objective):
-    return sharding.replicate(setup.mesh, step.zero_totals(objective))
+    return sharding.replicate(setup.mesh, step.zero_totals(setup.family, objective))
 
 
 def test_first_step_is_at_the_reference(setup):

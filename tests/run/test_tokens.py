@@ -135,7 +135,7 @@ def test_the_reference_is_asked_once(run, start, tmp_path, monkeypatch):
     score = jax.jit(run.family.score)
     for k, (one, two) in enumerate(zip(first, again, strict=True)):
         np.testing.assert_allclose(one[2], two[2], rtol=1e-6)
-        draws = run.family.draw(step.step_keys(key, k)[2], 16, (0.0, 1.0))
+        draws = run.family.pair_draw(step.step_keys(key, k)[2], 16, (0.0, 1.0))
         assert 0 < np.sum(draws["dropped"]) < 16
         for column, record in enumerate(one[:2]):
             examples = run.family.encode(run.frozen, record, key)
@@ -168,13 +168,13 @@ def test_first_step_is_at_the_reference(run, start, tmp_path):
     phase = candidate(run, tmp_path, start)
     ((real, fake, s_ref),) = steps_of(phase, run, 1)
     fresh = sharding.place(run.mesh, state.new_state(start, state.optimizer(phase.config)))
-    totals = sharding.replicate(run.mesh, step.zero_totals("ddo"))
+    totals = sharding.replicate(run.mesh, step.zero_totals(run.family, "ddo"))
     key = sharding.replicate(run.mesh, state.derive(phase.seed, "step"))
     advance = run.programs.step_for(phase.objective, phase.section, phase.warmup, phase.steps)
     _, totals = advance(fresh, totals, step.Inputs(run.frozen, real, fake, key, phase.hyper, s_ref=s_ref))
     found = loop.summary(totals, 1.0, 1.0)
     assert abs(found["ddo/r_real_mean"]) < 1e-4 and found["ddo/r_real_std"] < 1e-3  # of |logp| about 40
-    draws = run.family.draw(step.step_keys(key, 0)[2], 16, (0.0, 1.0))
+    draws = run.family.pair_draw(step.step_keys(key, 0)[2], 16, (0.0, 1.0))
     dropped = np.mean(draws["dropped"])
     real_term = np.log(2) * (dropped + (1 - dropped) / 10)  # posonly: max(alpha, 1) on dropped rows, all over it
     np.testing.assert_allclose(found["loss/real"], real_term, rtol=1e-4)
@@ -216,7 +216,7 @@ def test_rows_that_return_are_not_asked_again(run, start, tmp_path):
     for k in range(6):
         rows = rng.permutation(40)[:16]
         record = sharding.put_batch(run.mesh, run.training_data.read(rows))
-        draws = run.family.draw(step.step_keys(key, k)[2], 16, phase.hyper.sigma_law)
+        draws = run.family.pair_draw(step.step_keys(key, k)[2], 16, phase.hyper.sigma_law)
         s_ref = asks(k, {"real": record, "fake": record}, {"real": rows, "fake": rows})
         s = score(start, run.frozen, run.family.encode(run.frozen, record, key), draws)
         np.testing.assert_allclose(s_ref, np.stack([s, s], 1), rtol=1e-5, atol=1e-4)
@@ -258,20 +258,22 @@ def test_a_restart_changes_nothing(run, start, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective, pool", [("ddo", 0), ("ddo", 40), ("cca", 0), ("mle", 0)])
+@pytest.mark.parametrize("objective, pool", [("ddo", 0), ("ddo", 40), ("neon", 40), ("cca", 0), ("mle", 0)])
 def test_every_objective_to_its_report(run, config, start, tmp_path, fitted, objective, pool):
     """Breaks if a baseline or an offline pool does not run to its end, or leaves another kind of record."""
-    config.update(objective=objective)
+    config.update(**{"objective" if objective == "cca" else "method": objective})  # its older name
+    config.log.signal = 2 if objective in ("ddo", "neon") else 0
     config.ddo.update(pool=pool, beta=(0.1,))
     config.eval.also = ({"cfg": 1.0}, {"top_k": 3, "top_p": 0.9})
     (tmp_path / "features-digits.npz").write_bytes(fitted[1].read_bytes())
     main_job.run(config, tmp_path)
     text = (tmp_path / "report" / "report.md").read_text()
     assert "| after DDO, cfg 1.0 |" in text and "| start (pretrained), top_k 3, top_p 0.9 |" in text
-    names = {"ddo": "a10_b0.1", "cca": "cca_a10_b0.1", "mle": "mle"}
+    names = {"ddo": "a10_b0.1", "cca": "cca_a10_b0.1", "mle": "mle", "neon": "neon"}
     records = files.read_jsonl(tmp_path / "rounds/001" / names[objective] / "metrics.jsonl")
-    assert ("loss/mle" in records[0]) == (objective == "mle")
-    if objective != "mle":
+    assert ("loss/mle" in records[0]) == (objective in ("mle", "neon"))
+    if objective in ("ddo", "cca"):
+        assert "ddo/paired_accuracy" in records[0] and "ddo/ce_ref_fake" in records[0]
         assert abs(records[0]["ddo/margin"]) < 1e-3 and "loss/nll_real" in records[0]
     protocols = [e["protocol"] for e in files.read_jsonl(tmp_path / "evals.jsonl")]
     assert {(p.get("guidance") or {}).get("cfg") for p in protocols} == {None, 1.0}
