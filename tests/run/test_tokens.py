@@ -176,8 +176,7 @@ def test_first_step_is_at_the_reference(run, start, tmp_path):
     assert abs(found["ddo/r_real_mean"]) < 1e-4 and found["ddo/r_real_std"] < 1e-3  # of |logp| about 40
     draws = run.family.pair_draw(step.step_keys(key, 0)[2], 16, (0.0, 1.0))
     dropped = np.mean(draws["dropped"])
-    real_term = np.log(2) * (dropped + (1 - dropped) / 10)  # posonly: max(alpha, 1) on dropped rows, all over it
-    np.testing.assert_allclose(found["loss/real"], real_term, rtol=1e-4)
+    np.testing.assert_allclose(found["loss/real"], np.log(2) / 10, rtol=1e-4)  # posonly_w1: all rows over max(alpha, 1)
     np.testing.assert_allclose(found["loss/fake"], np.log(2) * (1 - dropped), rtol=1e-4)
 
 

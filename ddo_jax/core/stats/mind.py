@@ -75,12 +75,12 @@ def mind(real: ArrayLike, fake: ArrayLike, *, directions: int = DIRECTIONS, seed
 
     Reference: arXiv 2605.06797; specs/ddo.md section 9.
     """
-    real, fake = _pair(real, fake, ("real", "fake"), 1)
-    center = real.mean(0, dtype=np.float64)
-    real, fake = ((x - center).astype(np.float32) for x in (real, fake))
-    along, total = unit_directions(real.shape[1], directions, seed), 0.0
-    i, j, share = coupling(len(real), len(fake))
+    sets = _pair(real, fake, ("real", "fake"), 1)
+    d, center = sets[0].shape[1], sets[0].mean(0, dtype=np.float64)
+    centered = [(x - center).astype(np.float32) for x in sets]
+    along, total = unit_directions(d, directions, seed), 0.0
+    i, j, share = coupling(*map(len, sets))
     for k in range(0, directions, chunk):
-        a, b = (np.sort(along[k : k + chunk] @ x.T, axis=1).astype(np.float64) for x in (real, fake))
+        a, b = (np.sort(along[k : k + chunk] @ x.T, axis=1).astype(np.float64) for x in centered)
         total += float(np.sum(np.square(a[:, i] - b[:, j]) @ share))
-    return 3 * real.shape[1] * total / directions
+    return 3 * d * total / directions
