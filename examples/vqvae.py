@@ -4,10 +4,12 @@
     python examples/vqvae.py fashion [idx:DIR]                    # writes fashion_vqvae.safetensors
 
 VAR's tokenizer in little. Digits: 51,793 parameters, 8x8 grey pixels become maps of 1x1, 2x2 and 4x4 tokens from a
-codebook of 128; 95 s on one CPU core. Fashion: @@ It writes a file with the released parameter names; its metadata
+codebook of 128; 95 s on one CPU core. Fashion: 209,977 parameters, 28x28 pixels become maps of 1x1, 2x2, 4x4 and 7x7
+tokens from a codebook of 256; 35 minutes on one core. It writes a file with the released parameter names; its metadata
 hold the constructor's arguments. The shipped configs/*_vqvae.safetensors were made by this script. Expected: held-out
 digits come back with a mean absolute error of about 0.65 of the 17 grey levels (the mean training image in their
-place: 3.1), and the decoded training images are at FD x 100 = 0.45 from the training images, all codes in use.
+place: 3.1), and the decoded training images are at FD x 100 = 0.45 from the training images, all codes in use; fashion
+10.1 of 256 grey levels, FD x 100 = 27.
 """
 
 import functools
