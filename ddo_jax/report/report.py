@@ -11,23 +11,31 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from ddo_jax import files
+from ddo_jax.config import method_of
 from ddo_jax.evaluate.records import Evaluation, Round
 from ddo_jax.report import plots
 
-NAMES = {"start": "start (pretrained)", "ddo": "after DDO", "control": "control (continued MLE)"}
+NAMES = {"start": "start (pretrained)", "control": "control (continued MLE)"}
+METHODS = {
+    "ddo": "DDO",
+    "neon": "Neon",
+    "mle": "MLE",
+    "cca": "CCA",
+}  # of the system "ddo"
 
 
 HELD_OUT, AMONG = "held-out images", "training images from one another"  # rows without a model
 UNDER = ", "  # between a system and the sampler settings it is scored under, where they are not the run's own
 
 
-def shown(system: str) -> str:
+def shown(system: str, method: str = "ddo") -> str:
     """
-    >>> shown("ddo"), shown("ddo, cfg 1")
-    ('after DDO', 'after DDO, cfg 1')
+    >>> shown("ddo"), shown("ddo, cfg 1", "neon")
+    ('after DDO', 'after Neon, cfg 1')
     """
     name, _, settings = system.partition(UNDER)
-    return NAMES.get(name, name) + (f", {settings}" if settings else "")
+    names = NAMES | {"ddo": f"after {METHODS[method]}"}
+    return names.get(name, name) + (f", {settings}" if settings else "")
 
 
 def mean_and_spread(values: list[float]) -> str:
@@ -65,7 +73,7 @@ def table(header: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in lines)
 
 
-def score_table(scores: dict[str, Scores]) -> str:
+def score_table(scores: dict[str, Scores], method: str = "ddo") -> str:
     """One row a system, one column a number; mean ± standard deviation over the report's seed ranges."""
     keys = list(dict.fromkeys(k for s in scores.values() for e in s.evals[:1] for k in e.values))
     rows = []
@@ -73,7 +81,7 @@ def score_table(scores: dict[str, Scores]) -> str:
         there = s.evals[0].values if s.evals else {}
         cells = [mean_and_spread([e.values[k] for e in s.evals]) if k in there else "" for k in keys]
         nearest = ["" if s.nearest is None else f"{s.nearest:.3f}"] * _compared(scores)
-        rows.append([shown(system), *cells, *nearest])
+        rows.append([shown(system, method), *cells, *nearest])
     return table(["", *keys, *["nearest training image"] * _compared(scores)], rows)
 
 
@@ -82,9 +90,9 @@ def _compared(scores: dict[str, Scores]) -> bool:
     return any(s.nearest is not None for s in scores.values())
 
 
-def protocol_table(scores: dict[str, Scores], rounds: list[Round]) -> str:
+def protocol_table(scores: dict[str, Scores], rounds: list[Round], method: str = "ddo") -> str:
     """What each number was computed from; the shared part once, below."""
-    found = [(shown(system), e) for system, s in scores.items() for e in s.evals]
+    found = [(shown(system, method), e) for system, s in scores.items() for e in s.evals]
     found += [(f"selected in round {r.number}", r.best) for r in rounds]
     rows = [
         [name, e.phase, e.step, e.protocol.n_samples, e.protocol.seeds, e.protocol.weights, e.protocol.content]
@@ -100,7 +108,7 @@ def shared_protocol(scores: dict[str, Scores]) -> str:
     return "\n".join(f"* {k}: {json.dumps(v) if isinstance(v, dict) else v}" for k, v in p.items() if k not in own)
 
 
-def summary_lines(scores: dict[str, Scores], rounds: list[Round]) -> str:
+def summary_lines(scores: dict[str, Scores], rounds: list[Round], method: str = "ddo") -> str:
     """The result in words, from the numbers."""
     metric = scores["start"].evals[0].metric
     if not metric:
@@ -112,7 +120,9 @@ def summary_lines(scores: dict[str, Scores], rounds: list[Round]) -> str:
     lines = []
     if "ddo" in scores:
         ratio = mean("ddo") / mean("start")
-        lines.append(f"DDO changed {metric} from {mean('start'):.2f} to {mean('ddo'):.2f} (factor {ratio:.2f}).")
+        lines.append(
+            f"{METHODS[method]} changed {metric} from {mean('start'):.2f} to {mean('ddo'):.2f} (factor {ratio:.2f})."
+        )
     if "control" in scores:
         lines.append(f"The control (continued MLE, best of learning rates and steps) reaches {mean('control'):.2f}.")
     for r in rounds:
@@ -155,7 +165,7 @@ class Report:
         """report.md and its pictures; the path of report.md."""
         directory = epath.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        pictures = _grid_pictures(self.grids, self.config.model.levels)
+        pictures = _grid_pictures(self.grids, self.config.model.levels, method_of(self.config))
         if self.curves:
             pictures["curves"] = plots.curves(self.curves, self.scores["start"].evals[0].metric)
         if self.ratios:
@@ -202,8 +212,8 @@ SIGNAL = (
 )
 
 
-def _grid_pictures(grids: dict[str, np.ndarray], levels: int) -> dict[str, Figure]:
-    titles = {NAMES.get(k, k): images for k, images in grids.items()}
+def _grid_pictures(grids: dict[str, np.ndarray], levels: int, method: str) -> dict[str, Figure]:
+    titles = {shown(k, method): images for k, images in grids.items()}
     return {"samples": plots.grids(titles, levels)} if titles else {}
 
 
@@ -240,11 +250,12 @@ def _about_numbers(config, scores: dict[str, Scores]) -> str:
 
 def _text(report: Report, pictures: list[str]) -> str:
     config, scores, rounds = report.config, report.scores, report.rounds
+    method = method_of(config)
     parts = [
         f"# {config.name or 'DDO'}",
-        summary_lines(scores, rounds),
+        summary_lines(scores, rounds, method),
         "## Numbers",
-        score_table(scores),
+        score_table(scores, method),
         _about_numbers(config, scores),
         *report.notes,
     ]
@@ -254,5 +265,5 @@ def _text(report: Report, pictures: list[str]) -> str:
         if name in pictures:
             parts.append(f"## {name.capitalize()}\n\n![{name}]({name}.png)\n\n{CAPTIONS[name]}")
     parts += _line_table(report.lines) + _signal_table(report.signal) + _cost_table(report)
-    parts += ["## Protocol", protocol_table(scores, rounds), "All numbers:", shared_protocol(scores)]
+    parts += ["## Protocol", protocol_table(scores, rounds, method), "All numbers:", shared_protocol(scores)]
     return "\n\n".join(parts) + "\n"

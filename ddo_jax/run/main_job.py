@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from ddo_jax import config as configs
 from ddo_jax.data import sources
 from ddo_jax.evaluate.neighbours import distance_among, nearest_distance, some_images
 from ddo_jax.evaluate.records import Evaluation, Round
@@ -69,7 +70,7 @@ def report_evals(setup: Setup, name: str, params, how: int) -> list[Evaluation]:
     evals = [setup.scorer(params, (name, 0, 0), "report", i, how)[0] for i in ranges]
     if evals[0].metric:
         text = report.mean_and_spread([e.score for e in evals])
-        setup.console.line(f"{report.shown(name)}: {evals[0].metric} {text}")
+        setup.console.line(f"{report.shown(name, configs.method_of(setup.config))}: {evals[0].metric} {text}")
     return evals
 
 

@@ -67,6 +67,7 @@ def test_report_of_a_line(neon):
     """Breaks if the points, the gradients or the cost are missing from the report or the records."""
     _, workdir = neon
     text = (workdir / "report/report.md").read_text()
+    assert "| after Neon |" in text and "* Neon changed fd_x100" in text
     assert "## Line search" in text and "| 1 | neon | -2 |" in text and "| 1 | neon | -0.5 |" in text
     assert "## First gradients" in text and "## Cost" in text and "a round's FLOPs: training" in text
     phases = {e["phase"] for e in files.read_jsonl(workdir / "evals.jsonl")}

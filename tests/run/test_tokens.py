@@ -267,7 +267,8 @@ def test_every_objective_to_its_report(run, config, start, tmp_path, fitted, obj
     (tmp_path / "features-digits.npz").write_bytes(fitted[1].read_bytes())
     main_job.run(config, tmp_path)
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "| after DDO, cfg 1.0 |" in text and "| start (pretrained), top_k 3, top_p 0.9 |" in text
+    method = {"ddo": "DDO", "neon": "Neon", "cca": "CCA", "mle": "MLE"}[objective]
+    assert f"| after {method}, cfg 1.0 |" in text and "| start (pretrained), top_k 3, top_p 0.9 |" in text
     names = {"ddo": "a10_b0.1", "cca": "cca_a10_b0.1", "mle": "mle", "neon": "neon"}
     records = files.read_jsonl(tmp_path / "rounds/001" / names[objective] / "metrics.jsonl")
     assert ("loss/mle" in records[0]) == (objective in ("mle", "neon"))
