@@ -28,14 +28,15 @@ def called(w: float) -> str:
     return f"w{w:g}"
 
 
-def merged(setup: Setup, ref, theta, w: float):
-    """The point at w, projected, as its ends are (of EDM2, where a length of weights means nothing)."""
+def merger(setup: Setup, ref):
+    """Jitted (ref, theta, w) -> the point at w, projected, as its ends are (of EDM2, where a length of weights means
+    nothing)."""
 
     def at(ref, theta, w):
         ends = (setup.family.project(params, "ddo") for params in (ref, theta))
         return setup.family.project(line.along(*ends, w), "ddo")
 
-    return jax.jit(at, out_shardings=sharding.tree_sharding(setup.mesh, ref))(ref, theta, w)
+    return jax.jit(at, out_shardings=sharding.tree_sharding(setup.mesh, ref))
 
 
 def tasks(setup: Setup, name: str, index: int, ref, trained: tuple[str, int, int], weights, lost) -> list[jobs.Task]:
@@ -48,13 +49,14 @@ def tasks(setup: Setup, name: str, index: int, ref, trained: tuple[str, int, int
     """
     directory = setup.workdir / name
     candidate, step, images = trained
+    merge = merger(setup, ref)
 
     @functools.cache  # restored by a job that has a point to score, once
     def theta():
         return restore_ema(directory / candidate / "checkpoints", step, sharding.abstract(setup.mesh, ref))
 
     def score(w: float, own: epath.Path) -> dict:
-        params = merged(setup, ref, theta(), w)
+        params = merge(ref, theta(), w)
         found, _ = setup.scorer(params, (f"{name}/{called(w)}", step, images), "select", index)
         record = found.record()
         keep_ema(own / "checkpoints", step, params, {"step": step, "evals": [record]}, found.score)

@@ -20,8 +20,9 @@ from ddo_jax.run import record, state
 from ddo_jax.run.prepare import Setup
 
 
-def make_gradient(family, c):
-    """Jitted (sums, params, frozen, record, key, sigma_law) -> sums with the gradient of a micro-batch of `c`.
+@functools.cache  # of all rounds of a run
+def make_gradient(family, rows: int):
+    """Jitted (sums, params, frozen, record, key, sigma_law) -> sums with the gradient of a batch of `rows` examples.
 
     sums = (tree of sums of the gradients, sum of their squared norms).
     """
@@ -30,7 +31,7 @@ def make_gradient(family, c):
     def add(sums, params, frozen, record, key, sigma_law):
         key_encode, key_draw = jax.random.split(key)
         examples = family.encode(frozen, record, key_encode)
-        draws = family.pair_draw(key_draw, c.batch // c.accumulation, sigma_law)
+        draws = family.pair_draw(key_draw, rows, sigma_law)
 
         def logp(params):
             return -jnp.mean(family.nll(family.score(params, frozen, examples, draws), examples, draws))
@@ -58,7 +59,8 @@ def norms(total: float, squares: float, n: int) -> dict[str, float]:
 def measure(setup: Setup, name: str, ref, fakes, law) -> dict:
     """The norms on real images and on `fakes` (a source), logged as step 0 of the round `name`."""
     config, number = setup.config, setup.config.log.signal
-    add, batch = make_gradient(setup.family, config.ddo), config.ddo.batch // config.ddo.accumulation
+    batch = config.ddo.batch // config.ddo.accumulation
+    add = make_gradient(setup.family, batch)
     rule, found = sharding.tree_sharding(setup.mesh, ref), {}
     zeros = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), out_shardings=rule)
     for side, source in (("real", setup.training_data), ("fake", fakes)):

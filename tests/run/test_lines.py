@@ -127,7 +127,7 @@ def test_a_merge_is_projected():
     family = get_family(config)
     setup = types.SimpleNamespace(family=family, mesh=sharding.make_mesh(1, jax.devices()[:1]))
     ref, theta = (random_variables(lambda key: family.init(key)[0], seed=seed) for seed in (0, 1))
-    merged = lines.merged(setup, ref, theta, -0.5)
+    merged = lines.merger(setup, ref)(ref, theta, -0.5)
     again = jax.jit(lambda params: family.project(params, "ddo"))(merged)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), merged, again)
     alone = jax.jit(lambda params: family.project(params, "ddo"))(theta)
