@@ -133,7 +133,7 @@ def shares(config, parts: list[Work], each: Each) -> list[str]:
     ways = {f"{fewer:,} images an evaluation": spent["selection"] * (1 - fewer / judged(config))}
     if each.judged > 12:
         ways["DPM-Solver-v3 of 12 steps"] = spent["selection"] * (1 - 12 / each.judged)
-        both = 1 - fewer / judged(config) * 12 / each.judged
-        ways["both"] = spent["selection"] * both
+        if fewer < judged(config):
+            ways["both"] = spent["selection"] * (1 - fewer / judged(config) * 12 / each.judged)
     saved = [f"{name} {value / whole:.0%}" for name, value in ways.items() if value > 0]
     return lines + ([f"a cheaper selection would save of them: {', '.join(saved)}"] if saved else [])

@@ -186,7 +186,7 @@ def test_what_a_round_is_for(micro):
     assert spent == {"training": 64 * 8, "fakes": 40 * 3, "selection": 240 * 35}
     first, second = costs.shares(micro, parts, each)
     assert first == "a round's FLOPs: training 6%, fakes 1%, selection 93%"
-    assert second == "a cheaper selection would save of them: DPM-Solver-v3 of 12 steps 61%, both 61%"
+    assert second == "a cheaper selection would save of them: DPM-Solver-v3 of 12 steps 61%"
     micro.ddo.rounds = 0
     assert costs.shares(micro, costs.work(micro, 1437), each) == []
 
