@@ -91,7 +91,7 @@ def main() -> None:
             main_job.run(config_of(seed, way, str(start)), workdir)
             played = files.read_sealed(workdir / "rounds/001/best.json")
             (log,) = (workdir / "rounds/001").glob("a*/metrics.jsonl")
-            last = files.read_jsonl(log)[-1]
+            last = [line for line in files.read_jsonl(log) if "ddo/margin" in line][-1]
             final = {s: files.read_sealed(workdir / f"report/scores/{s}/result.json") for s in ("start", "ddo")}
             mean = {s: sum(e["fd_x100"] for e in r["evals"]) / len(r["evals"]) for s, r in final.items()}
             signal = files.read_sealed(workdir / "rounds/001/signal/result.json")
