@@ -6,8 +6,9 @@ Hardware: 2 CPU cores, no accelerator. Expected: FD x 100 to the training images
 about 6 by DDO (6.6, 5.6, 5.6 on training seeds 0, 1, 2; checkpoints chosen on one range of sampling seeds,
 reported on three others).
 
-Variants: `:neon` Neon in place of DDO (docs/methods.md); `:runlocal` the same code path in under a minute; `:unet` a
-small DDPM++ instead of the MLP (convolutions are slow on XLA's CPU backend; its full length was not timed).
+Variants: `:auto` every round finds its beta (docs/search.md); `:neon` Neon in place of DDO (docs/methods.md);
+`:runlocal` the same code path in under a minute; `:unet` a small DDPM++ instead of the MLP (convolutions are slow on
+XLA's CPU backend; its full length was not timed).
 
 The recipe was searched on this data: "ours" below; "EDM" marks Karras et al. 2022.
 """
@@ -126,4 +127,4 @@ def neon(config):
     config.neon.w = (0.5, 1.0, 2.0, 4.0)
 
 
-VARIANTS = {"neon": neon, "runlocal": runlocal, "unet": unet}
+VARIANTS = {"auto": variants.auto, "neon": neon, "runlocal": runlocal, "unet": unet}

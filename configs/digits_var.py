@@ -12,8 +12,8 @@ examples/vqvae.py. Everything else is as on ImageNet: fakes online by the refere
 decoded to pixels and encoded again; the reference's likelihoods kept; dropped labels, so that guidance stays usable.
 
 Variants: `:runlocal` the same code path in little; `:pool` fakes sampled once a round instead; `:published` the rounds
-as the authors' program has them; `:neon` Neon in place of DDO (docs/methods.md). Baselines from the same start:
---config.method=cca, --config.method=mle.
+as the authors' program has them; `:auto` every round finds its beta (docs/search.md); `:neon` Neon in place of DDO
+(docs/methods.md). Baselines from the same start: --config.method=cca, --config.method=mle.
 
 The recipe was searched on this data: "ours" below. "VAR" marks Tian et al. 2024.
 """
@@ -81,7 +81,7 @@ def get_config(variant: str = ""):
     config.eval.also = ({"cfg": 1.0},)  # is guidance still of use?
     config.log.every = 20
 
-    variants.apply(config, variant, {"runlocal": runlocal, "pool": pool, "published": published, "neon": neon})
+    variants.apply(config, variant, VARIANTS)
     return config
 
 
@@ -121,3 +121,6 @@ def runlocal(config) -> None:
     config.eval.num = 256
     config.eval.batch = 256
     config.log.every = 3
+
+
+VARIANTS = {"auto": variants.auto, "neon": neon, "pool": pool, "published": published, "runlocal": runlocal}

@@ -14,9 +14,9 @@ accelerator). Guided, with DPM-Solver-v3 (25 NFE a network):
     python -m ddo_jax.evaluate --checkpoint=edm2-img512-l-ddo --guide=edm2-img512-xs-0134217-0.165 --guidance=1.1 \\
         --solver=dpmv3 --ref=edm2-img512-ref
 
-Variants: `:search`, `:from_scratch` EDM2's own pretraining first, `:released` scores the authors' fine-tuned weights
-(1.26 is to be reproduced), `:runlocal` the same code path in a minute on a CPU: latents of digits from a tiny VAE
-(configs/digits_vae.safetensors, made by examples/digits_vae.py).
+Variants: `:search`, `:auto` (docs/search.md), `:from_scratch` EDM2's own pretraining first, `:released` scores the
+authors' fine-tuned weights (1.26 is to be reproduced), `:runlocal` the same code path in a minute on a CPU: latents of
+digits from a tiny VAE (configs/digits_vae.safetensors, made by examples/digits_vae.py).
 """
 
 from pathlib import Path
@@ -97,6 +97,7 @@ def runlocal(config) -> None:
 
 VARIANTS = {
     "search": variants.search,
+    "auto": variants.auto,
     "from_scratch": variants.from_scratch,
     "released": variants.released("edm2-img512-l-ddo"),
     "runlocal": runlocal,

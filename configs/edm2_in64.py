@@ -12,7 +12,8 @@ EDM2-S weights, the Inception weights and EDM2's reference statistics (docs/weig
 --config.mesh.fsdp=8 (22 GB each); v5e:4x4 --config.mesh.fsdp=16 --config.ddo.accumulation=4 (6 GB a chip).
 NOT RUN here (no weights, no accelerator).
 
-Variants: `:search` the grid over alpha and beta in every round, `:from_scratch` EDM2's own pretraining first,
+Variants: `:search` the grid over alpha and beta in every round, `:auto` beta found by every round (docs/search.md),
+`:from_scratch` EDM2's own pretraining first,
 `:released` scores the authors' fine-tuned weights (the one-command reproduction of 0.97), `:runlocal` the same code
 path on the digits in about a minute on a CPU.
 """
@@ -83,6 +84,7 @@ def get_config(variant: str = ""):
 
 VARIANTS = {
     "search": variants.search,
+    "auto": variants.auto,
     "from_scratch": variants.from_scratch,
     "released": variants.released("edm2-img64-s-ddo"),
     "runlocal": variants.runlocal_edm2,

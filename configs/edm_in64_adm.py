@@ -5,8 +5,8 @@
 The DDO paper has no row for this network: rounds, learning rate and noise levels are taken over from its EDM2-S
 ImageNet-64 column (constant rate, one P_std) and untested. NOT RUN here (no weights, no accelerator).
 
-Variants: `:search`, `:from_scratch` EDM's own pretraining first, `:released` scores the base weights (1.36 is to be
-reproduced), `:runlocal` under a minute on a CPU.
+Variants: `:search`, `:auto` (docs/search.md), `:from_scratch` EDM's own pretraining first, `:released` scores the base
+weights (1.36 is to be reproduced), `:runlocal` under a minute on a CPU.
 """
 
 from ddo_jax.config import base, variants
@@ -55,6 +55,7 @@ def get_config(variant: str = ""):
 
     known = {
         "search": variants.search,
+        "auto": variants.auto,
         "from_scratch": variants.from_scratch,
         "released": variants.released(NAME),
         "runlocal": variants.runlocal,

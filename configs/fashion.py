@@ -11,8 +11,9 @@ control; in the features of EfficientNet, which selected nothing, from 1264 to 6
 The network mixes patches (0.19M parameters): after 800 steps its MLE loss is half of that of a flat MLP of 5.5M after
 2400. Its samples are torn and speckled, and DDO mends just that.
 
-Variants: `:clear` one round at a small beta, the clearest pictures; `:gpu` a DDPM++ of the CIFAR kind; `:neon` Neon in
-place of DDO (docs/methods.md); `:runlocal` the same code path in little.
+Variants: `:auto` every round finds its beta (docs/search.md); `:clear` one round at a small beta, the clearest
+pictures; `:gpu` a DDPM++ of the CIFAR kind; `:neon` Neon in place of DDO (docs/methods.md); `:runlocal` the same code
+path in little.
 
 "EDM" marks Karras et al. 2022; the rest is ours, searched on training seed 0.
 """
@@ -129,4 +130,4 @@ def runlocal(config) -> None:
     config.log.every = 10
 
 
-VARIANTS = {"clear": clear, "gpu": gpu, "neon": neon, "runlocal": runlocal}
+VARIANTS = {"auto": variants.auto, "clear": clear, "gpu": gpu, "neon": neon, "runlocal": runlocal}

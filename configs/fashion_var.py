@@ -12,7 +12,8 @@ buys recall (0.58 to 0.74) and gives away precision (0.83 to 0.74). docs/measure
 The tokenizer is configs/fashion_vqvae.safetensors (maps of 1x1, 2x2, 4x4 and 7x7 tokens from a codebook of 256), made
 by examples/vqvae.py. Fakes pass through it as real images do: decoded to pixels and encoded again.
 
-Variants: `:gpu` a larger transformer; `:runlocal` the same code path in little.
+Variants: `:auto` every round finds its beta (docs/search.md); `:gpu` a larger transformer; `:runlocal` the same code
+path in little.
 
 "VAR" marks Tian et al. 2024; the rest is ours, searched on training seed 0.
 """
@@ -108,4 +109,4 @@ def runlocal(config) -> None:
     config.log.every = 3
 
 
-VARIANTS = {"gpu": gpu, "runlocal": runlocal}
+VARIANTS = {"auto": variants.auto, "gpu": gpu, "runlocal": runlocal}

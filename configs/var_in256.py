@@ -16,7 +16,8 @@ estimated by --dry_run: 8 cards with --config.mesh.fsdp=8 10.5 GB each (d16), 31
 GB with --config.ddo.accumulation=16. NOT RUN here (no weights, no ImageNet, no accelerator).
 
 Variants, after the size (d16, d20, d24, d30) if it is given, as in `:d30:released`: `:paper` (see above); `:search` a
-grid over alpha; `:from_scratch` VAR's own pretraining first; `:neon` the method of arXiv 2510.03597 instead;
+grid over alpha; `:auto` beta found by every round (docs/search.md); `:from_scratch` VAR's own pretraining first;
+`:neon` the method of arXiv 2510.03597 instead;
 `:released` scores the authors' fine-tuned weights at guidance 0, 1.0, 1.4 and 1.5, with and without sampling tricks;
 `:runlocal` the same code path in a minute on a CPU, on the digits. Baselines from the same start: --config.method=mle,
 and cca with --config.ddo.alpha='(50.0,)' (CCA's lambda: 50 for d16, 1000 for d30). Selection against the statistics
@@ -46,6 +47,7 @@ def get_config(variant: str = ""):
     known = {
         "paper": paper,
         "search": search,
+        "auto": variants.auto,
         "neon": neon,
         "from_scratch": variants.from_scratch,
         "released": released,

@@ -72,8 +72,12 @@ def _rounds() -> dict:
     return _training(
         rounds=1,
         length=_duration(),  # of one round
-        alpha=(4.0,),  # the grid of every round is alpha x beta; method cca: alpha is its lambda
+        # grid: every alpha x beta | fixed: the only one of each | auto: beta is found in every round (docs/search.md),
+        # for the first alpha
+        search="grid",
+        alpha=(4.0,),  # method cca: its lambda
         beta=(0.05,),
+        together=1,  # candidates that one job trains side by side: the reference is asked once for all
         line=(),  # of a round's best checkpoint, ref + w (theta - ref) is scored for these w too; the best is kept
         pool_labels="balanced",  # of the pool's fakes: balanced over the classes | data: the data's frequencies
         pool=50_000,  # fakes per round, sampled before it; 0: the reference makes every step's fakes as it goes
@@ -158,7 +162,7 @@ HARMLESS = (
     "eval.grid",
 )  # the key or all below
 HARMLESS += tuple(f"{p}.{key}_every" for p in PHASES for key in ("save", "snapshot"))
-HARMLESS += ("ddo.accumulation", "remat", "eval.also", "eval.metrics", "eval.dinov2_weights")
+HARMLESS += ("ddo.accumulation", "ddo.together", "remat", "eval.also", "eval.metrics", "eval.dinov2_weights")
 HARMLESS += ("eval.efficientnet_weights",)
 
 

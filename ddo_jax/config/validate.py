@@ -222,6 +222,7 @@ def _check_grids(config) -> None:
             ok = _number(value) and 0 < value < math.inf
             require(ok, f"ddo.{key}", value, "finite numbers above 0, as in --config.ddo.alpha='(2.0, 4.0)'")
         _check_apart(f"ddo.{key}", grid)
+    _check_search(config)
     _check_lines(config)
     if config.control.enabled:
         require(config.control.factor >= 1, "control.factor", config.control.factor, "at least 1")
@@ -229,6 +230,16 @@ def _check_grids(config) -> None:
         ok = len(lrs) > 0 and all(_number(lr) and 0 < lr < math.inf for lr in lrs)
         require(ok, "control.lrs", lrs, "finite numbers above 0")
         _check_apart("control.lrs", lrs)
+
+
+def _check_search(config) -> None:
+    c, ways = config.ddo, ("fixed", "grid", "auto")
+    require(c.search in ways, "ddo.search", c.search, ", ".join(ways))
+    require(c.together >= 1, "ddo.together", c.together, "at least 1")
+    for key in ("alpha", "beta") if c.search == "fixed" else ():
+        require(len(c[key]) == 1, f"ddo.{key}", c[key], "one value: ddo.search is 'fixed'")
+    if c.search == "auto":
+        require(method_of(config) == "ddo", "ddo.search", c.search, f"fixed, grid with method {method_of(config)!r}")
 
 
 def _check_lines(config) -> None:

@@ -17,6 +17,11 @@ def search(config) -> None:
     config.ddo.beta = (0.02, 0.05, 0.1)
 
 
+def auto(config) -> None:
+    """Every round finds its beta, for the config's alpha: at a tenth of a grid's cost (docs/search.md)."""
+    config.ddo.search = "auto"
+
+
 def from_scratch(config) -> None:
     """The base model's own recipe before the rounds."""
     config.init = "scratch"

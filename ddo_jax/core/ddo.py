@@ -287,7 +287,7 @@ class Pair(NamedTuple):
 
     Attributes:
       real, fake: pytrees of arrays [B, ...]. draws: all randomness of one evaluation, a pytree of [B, ...].
-      s_ref: what the reference said, [B, 2] (columns real, fake), where its scores are exact and known; else None.
+      s_ref: what the reference said, a pytree of [B, 2, ...] (columns real, fake), where that is known; else None.
     """
 
     real: Any
@@ -352,7 +352,10 @@ def pair_objective(
     """
     examples, draws = interleave(pair.real, pair.fake), interleave(pair.draws, pair.draws)
     s = score(params, examples, draws)
-    s_ref = score(ref_params, examples, draws) if pair.s_ref is None else pair.s_ref.reshape(-1)
+    if pair.s_ref is None:
+        s_ref = score(ref_params, examples, draws)
+    else:
+        s_ref = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), pair.s_ref)
     r = _rows("ratio(...)", ratio(s, jax.lax.stop_gradient(s_ref), examples, draws)).reshape(-1, 2)
     return loss(r[:, 0], r[:, 1], s)
 

@@ -29,6 +29,7 @@ REAL_IMAGES = 10_000  # of the reference, for the metrics that compare features
 COMPARED = {"pr", "kid", "mind"}  # those
 IS_BLOCK, IS_SEED = 5000, 0
 KID_SIZE = 1000
+BLOCKS = 64  # of images, whose share in a score is recorded
 INF_POINTS, INF_LEAST = 15, 5000  # subsets of fid_inf: how many, smallest
 
 # Of a dict of networks: the one of --network, and second opinions beside it.
@@ -290,6 +291,18 @@ def compute(
             line = fid_infinity(collected.kept[MAIN, "features"], functools.partial(_distance, first, "fid"))
             out |= {name: networks[MAIN].scale * value for name, value in line.items()}
     return out | ({} if collected.accuracy is None else {"accuracy": collected.accuracy})
+
+
+def influence(collected: Collected, reference: Any, network: FeatureNet, blocks: int = BLOCKS) -> tuple[float, ...]:
+    """To first order, what each of equal blocks of the images adds to the Frechet distance: score = const + their mean.
+
+    Two sets from the same seeds are compared block by block (`core.search.half_interval`). Needs "bootstrap" among what
+    was collected. Images beyond a multiple of `blocks` are left out, as are blocks beyond the images.
+    """
+    g, blocks = reference.gaussians["fid"], min(blocks, collected.num)
+    rows = metrics.frechet_influence(collected.kept[MAIN, "features"], *collected.moments["fid"], g.mu, g.root)
+    whole = rows[: len(rows) // blocks * blocks].reshape(blocks, -1)
+    return tuple(float(f"{x:.7g}") for x in network.scale * whole.mean(1))
 
 
 def compare(a: Collected, b: Collected, reference: Any, network: FeatureNet) -> tuple[metrics.Interval, bool]:

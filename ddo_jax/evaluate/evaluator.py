@@ -79,13 +79,18 @@ class Evaluator:
         records = (r | {"image": to_levels(r["image"], images.levels, want)} for r in images.records)
         return collect.collect(self.networks, wanted, records, images.num)
 
-    def score(self, images: Images, wanted: list[str]) -> Evaluation:
+    def score(self, images: Images, wanted: list[str], paired: bool = False) -> Evaluation:
         """Numbers and protocol of a set; the first metric is the one that counts.
 
         Args:
-          wanted: of `collect.METRICS`.
+          wanted: of `collect.METRICS`. paired: with `Evaluation.influence`, if the first one is "fid".
         """
-        return self.of_collected(images, wanted, self.collect(images, wanted))
+        if not (paired and wanted[:1] == ["fid"]):
+            return self.of_collected(images, wanted, self.collect(images, wanted))
+        collected = self.collect(images, [*wanted, "bootstrap"])
+        first = next(iter(self.references.values()))
+        blocks = collect.influence(collected, first, self.networks[MAIN])
+        return dataclasses.replace(self.of_collected(images, wanted, collected), influence=blocks)
 
     def of_collected(self, images: Images, wanted: list[str], collected: Collected) -> Evaluation:
         """`score` of what `collect` kept."""

@@ -117,6 +117,7 @@ class Evaluation:
       metric: the one that selects; "" where nothing is scored. values: {name: number}, all of them.
       protocol: how they were made.
       phase, step, images: where in a run: directory, optimizer steps, real images seen; or what was scored.
+      influence: of equal blocks of the images on the score, to first order (`collect.influence`); () where nobody asks.
     """
 
     metric: str
@@ -125,6 +126,7 @@ class Evaluation:
     phase: str = ""
     step: int = 0
     images: int = 0
+    influence: tuple[float, ...] = ()
 
     @property
     def score(self) -> float | None:
@@ -134,7 +136,9 @@ class Evaluation:
     def record(self) -> dict:
         """One line of evals.jsonl."""
         place = {"phase": self.phase, "step": self.step, "images": self.images}
-        return {"schema": SCHEMA, **place, "metric": self.metric, **self.values, "protocol": self.protocol.record()}
+        blocks = {"influence": list(self.influence)} if self.influence else {}
+        numbers = {"metric": self.metric, **self.values, **blocks}
+        return {"schema": SCHEMA, **place, **numbers, "protocol": self.protocol.record()}
 
 
 PLACE = {"schema", "phase", "step", "images", "metric", "protocol", "what", "round", "improved", "start", "candidate"}
@@ -153,7 +157,7 @@ def read(record: dict) -> Evaluation:
         protocol = record["protocol"] if schema == SCHEMA else _protocol_of_1(record["protocol"])
         values = {k: float(v) for k, v in record.items() if k not in PLACE and isinstance(v, int | float)}
         place = (record.get("phase", record.get("what", "")), record.get("step", 0), record.get("images", 0))
-        return Evaluation(record["metric"], values, Protocol(**protocol), *place)
+        return Evaluation(record["metric"], values, Protocol(**protocol), *place, tuple(record.get("influence", ())))
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"no record of an evaluation: {type(e).__name__}: {e}") from None
 

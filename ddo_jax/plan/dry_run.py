@@ -158,7 +158,9 @@ def _memory(config, devices: int, params) -> list[str]:
         method = configs.method_of(config)
         objective = method if section == "ddo" and method != "neon" else "mle"
         parts, other = (
-            memory.step_bytes(family, config[section], objective, devices, config.mesh.fsdp)
+            memory.step_bytes(
+                family, config[section], objective, devices, config.mesh.fsdp, costs.together(config, section)
+            )
             for family in families.values()
         )
         listed = ", ".join(f"{name} {human(size, 'B')}" for name, size in parts.items() if name != "total")
@@ -202,9 +204,13 @@ def _round(config, examples: int) -> str:
     made = f"{c.pool} fakes, then " if c.pool and configs.samples_fakes(config) else ""
     line = len(config.neon.w) if method == "neon" else len(c.line)
     then = f", {line} points of a line" if line else ""
+    who = f"{grid} candidates"
+    if costs.searches(config):
+        who = f"typically {grid} values of beta tried to step {costs.first_stop(config, examples)}, one of them"
+    side = f", {n} side by side" if (n := costs.together(config, "ddo")) > 1 else ""
     return (
-        f"{c.rounds} rounds     {made}{grid} candidates of {costs.total(config, 'ddo', examples)} steps of "
-        f"{c.batch}{beside} images{then}; {costs.evaluations(config, 'ddo', examples)} evaluations of "
+        f"{c.rounds} rounds     {made}{who} of {costs.total(config, 'ddo', examples)} steps of "
+        f"{c.batch}{beside} images{side}{then}; {costs.evaluations(config, 'ddo', examples)} evaluations of "
         f"{costs.judged(config)} images"
     )
 

@@ -104,8 +104,8 @@ def workspace_bytes(family, c, objective: str, params, frozen, devices: int) -> 
     return peak_bytes(program.jaxpr)
 
 
-def step_bytes(family, c, objective: str, devices: int, fsdp: int) -> dict[str, int]:
-    """{part: bytes on one of `devices` devices} of a training step, and their "total".
+def step_bytes(family, c, objective: str, devices: int, fsdp: int, together: int = 1) -> dict[str, int]:
+    """{part: bytes on one of `devices` devices} of a training step, and their "total"; of `together` candidates.
 
     Before the compiler fuses and shares, so it is more than a GPU needs; a TPU may need more. What compiled programs
     took stands beside it in benchmarks/results/2026-11-aot.jsonl. Trace only: seconds at 800 million parameters.
@@ -116,9 +116,9 @@ def step_bytes(family, c, objective: str, devices: int, fsdp: int) -> dict[str, 
     params, frozen = abstract(family)
     held = jax.eval_shape(lambda p: state.new_state(p, state.optimizer(c), c.ema_stds), params)
     parts = {
-        "params": tree_bytes(held["params"], fsdp),
-        "ema": tree_bytes([v for k, v in held.items() if k.startswith("ema")], fsdp),
-        "moments": tree_bytes(held["opt"], fsdp),
+        "params": together * tree_bytes(held["params"], fsdp),
+        "ema": together * tree_bytes([v for k, v in held.items() if k.startswith("ema")], fsdp),
+        "moments": together * tree_bytes(held["opt"], fsdp),
         "reference": tree_bytes(params, fsdp) if objective != "mle" else 0,
         "workspace": workspace_bytes(family, c, objective, params, frozen, devices),
     }

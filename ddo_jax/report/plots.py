@@ -1,6 +1,7 @@
 """The report's pictures, as matplotlib figures."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,6 +20,7 @@ class Curve:
     index: int
     images: list[float]
     values: list[float]
+    stopped: bool = False  # before the end of its round
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Ratios:
 
 
 def curves(runs: list[Curve], metric: str) -> Figure:
-    """`metric` over millions of images; one line a candidate, a dot at its best; rounds follow one another."""
+    """`metric` over millions of images; one line a candidate, a ring at its best, a cross where it was stopped; rounds
+    follow one another."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for run in runs:
@@ -42,11 +45,45 @@ def curves(runs: list[Curve], metric: str) -> Figure:
         axes.plot(millions, run.values, style, color=colour, marker=".", label=run.label, lw=1.3)
         best = int(np.argmin(run.values))
         axes.plot(millions[best], run.values[best], "o", color=colour, ms=8, mfc="none")
+        if run.stopped:
+            axes.plot(millions[-1], run.values[-1], "x", color=colour, ms=8)
     axes.set_xlabel("millions of real images since the start")
     axes.set_ylabel(metric)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     if len(runs) <= 16:
+        axes.legend(fontsize=8)
+    return figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Visited:
+    """A point of the plane that a round tried: its first evaluation and its best one."""
+
+    round: int
+    alpha: float
+    beta: float
+    first: float
+    best: float
+
+
+def plane(points: list[Visited], metric: str) -> Figure:
+    """What every round tried, one panel a round, the last six: `metric` over beta, a colour an alpha; dashed the first
+    evaluation, full the best one."""
+    numbers = sorted({p.round for p in points})[-6:]
+    figure = Figure(figsize=(3.6 * len(numbers), 3.2), layout="constrained")
+    alphas = sorted({p.alpha for p in points})
+    for axes, number in zip(figure.subplots(1, len(numbers), squeeze=False)[0], numbers, strict=True):
+        for alpha, colour in zip(alphas, itertools.cycle(COLOURS["round"]), strict=False):
+            own = sorted((p for p in points if p.round == number and p.alpha == alpha), key=lambda p: p.beta)
+            betas = [p.beta for p in own]
+            axes.plot(betas, [p.first for p in own], "--", marker=".", color=colour, lw=1)
+            axes.plot(betas, [p.best for p in own], "-o", color=colour, ms=5, label=f"α = {alpha:g}")
+        axes.set_xscale("log")
+        axes.set_title(f"round {number}", fontsize=10)
+        axes.set_xlabel("β")
+        axes.set_ylabel(metric)
+        axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
     return figure
 

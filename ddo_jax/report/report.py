@@ -145,8 +145,9 @@ class Report:
     Attributes:
       config: of the run. scores: {"start" | "ddo" | "control" | HELD_OUT | AMONG | one of them under other settings}.
       rounds: in order. curves: of every candidate. ratios: at every round's best. grids: {system: images}, same seeds.
-      notes: sentences on the run that a reader must know beside its numbers. lines: of line searches. signal, cost: of
-        each round's first gradients, of the whole; as header and rows of a table. shares: sentences on the cost.
+      notes: sentences on the run that a reader must know beside its numbers. lines: of line searches.
+      visited: the (alpha, beta) that were tried. searched, signal, cost: of the searches for beta, of each round's first
+        gradients, of the whole; as rows of a table. shares: sentences on the cost.
     """
 
     config: Any
@@ -157,6 +158,8 @@ class Report:
     grids: dict[str, np.ndarray]
     notes: tuple[str, ...] = ()
     lines: tuple[Point, ...] = ()
+    visited: tuple[plots.Visited, ...] = ()
+    searched: tuple[list, ...] = ()
     signal: tuple[list, ...] = ()
     cost: tuple[list, ...] = ()
     shares: tuple[str, ...] = ()
@@ -168,6 +171,8 @@ class Report:
         pictures = _grid_pictures(self.grids, self.config.model.levels, method_of(self.config))
         if self.curves:
             pictures["curves"] = plots.curves(self.curves, self.scores["start"].evals[0].metric)
+        if len({(p.alpha, p.beta) for p in self.visited}) > 1:
+            pictures["plane"] = plots.plane(list(self.visited), self.scores["start"].evals[0].metric)
         if self.ratios:
             pictures["ratios"] = plots.histograms(self.ratios)
         for name, figure in pictures.items():
@@ -179,6 +184,11 @@ class Report:
     def text(self, pictures: list[str]) -> str:
         """report.md; pictures: the names of those that lie beside it."""
         return _text(self, pictures)
+
+
+def _search_table(rows: tuple[list, ...]) -> list[str]:
+    header = ["round", "candidate", "compared at step", "score", "behind the best", "± 95 %", "then"]
+    return ["## Search", SEARCH, table(header, list(rows))] if rows else []
 
 
 def _line_table(points: tuple[Point, ...]) -> list[str]:
@@ -202,6 +212,10 @@ def _cost_table(report: Report) -> list[str]:
     return ["## Cost", table(header, list(report.cost)), *([said] if said else [])]
 
 
+SEARCH = (
+    "What `ddo.search = auto` compared: candidates at equal steps, on the same sampling seeds, so that the interval is "
+    "that of a paired difference. It is known to first order and for the Fréchet distance only."
+)
 LINE = (
     "θ(w) = (1 − w) θ_ref + w θ: w = 1 is what was trained, w > 1 goes further, w < 0 the other way (of Neon −w is "
     "shown). Scored on the round's selection seeds, as the candidates are."
@@ -229,8 +243,9 @@ NEAREST = (
 )
 CAPTIONS = {
     "samples": "The same seeds and labels before and after (rows: seeds; columns: classes, where there are any).",
-    "curves": "The selecting number over the images of training, for all rounds and candidates. Chosen on one "
-    "range of sampling seeds; the table above reports others.",
+    "curves": "The selecting number over the images of training, for all rounds and candidates; a cross where a search "
+    "stopped one. Chosen on one range of sampling seeds; the table above reports others.",
+    "plane": "Every β that was tried (a colour an α): dashed its first evaluation, full its best one.",
     "ratios": "Log-ratio r = log p_target − log p_reference of real images and of the reference's own samples, "
     "at the best checkpoint of each round. Their distance is what the discriminator sees.",
 }
@@ -261,9 +276,10 @@ def _text(report: Report, pictures: list[str]) -> str:
     ]
     if config.remark:
         parts.append(config.remark)
-    for name in ("samples", "curves", "ratios"):
+    for name in ("samples", "curves", "plane", "ratios"):
         if name in pictures:
             parts.append(f"## {name.capitalize()}\n\n![{name}]({name}.png)\n\n{CAPTIONS[name]}")
+    parts += _search_table(report.searched)
     parts += _line_table(report.lines) + _signal_table(report.signal) + _cost_table(report)
     parts += ["## Protocol", protocol_table(scores, rounds, method), "All numbers:", shared_protocol(scores)]
     return "\n\n".join(parts) + "\n"

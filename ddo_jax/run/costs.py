@@ -4,10 +4,12 @@ import math
 from typing import NamedTuple
 
 from ddo_jax import config as configs
+from ddo_jax.core import search
 from ddo_jax.families import Family
 
 EACH_ROUND = "each round"
 PASSES = {"pretrain": 3, "adapt": 3, "ddo": 8, "control": 3}  # phases in order; see `work`
+SEARCHED = 4  # values of beta that a search tries, typically
 FEW = 2048  # images that select more cheaply: a figure to compare with
 
 
@@ -21,7 +23,7 @@ class Work(NamedTuple):
 
     name: str
     trained: int
-    passes: int
+    passes: float
     fakes: int
     judged: int
 
@@ -64,13 +66,36 @@ def candidates(config, section: str) -> int:
     if section == "adapt":
         return int(configs.is_set(config.adapt.length))
     if section == "ddo":
-        return len(config.ddo.alpha) * len(config.ddo.beta) if config.ddo.rounds else 0
+        grid = len(config.ddo.alpha) * len(config.ddo.beta)
+        return (SEARCHED if searches(config) else grid) if config.ddo.rounds else 0
     return len(config.control.lrs) if config.control.enabled and config.ddo.rounds else 0
+
+
+def searches(config) -> bool:
+    """Whether a round finds its beta itself."""
+    return config.ddo.search == "auto" and configs.method_of(config) == "ddo"
+
+
+def steps(config, section: str, examples: int) -> int:
+    """Steps of all trainings of a phase; where beta is searched all but one end where they are first compared."""
+    number, whole = candidates(config, section), total(config, section, examples)
+    if section == "ddo" and searches(config):
+        return (number - 1) * first_stop(config, examples) + whole
+    return number * whole
+
+
+def first_stop(config, examples: int) -> int:
+    """The step at which a search compares its candidates."""
+    every, warmup = (length(config, "ddo", examples, key) or 0 for key in ("eval_every", "warmup"))
+    return search.stops(total(config, "ddo", examples), every, warmup)[0]
 
 
 def evaluations(config, section: str, examples: int) -> int:
     """Evaluations of a phase; of a round with that of its start and those of a line."""
-    inside = candidates(config, section) * times(config, section, examples, "eval_every")
+    each, number = times(config, section, examples, "eval_every"), candidates(config, section)
+    inside = number * each
+    if section == "ddo" and searches(config):
+        inside = (number - 1) * -(-first_stop(config, examples) * each // total(config, section, examples)) + each
     if section != "ddo":
         return inside
     if configs.method_of(config) == "neon":
@@ -83,10 +108,16 @@ def judged(config) -> int:
     return config.eval.select_num or config.eval.num
 
 
-def passes(config, section: str) -> int:
+def together(config, section: str) -> int:
+    """Candidates that are trained side by side."""
+    return max(1, min(config.ddo.together, candidates(config, section))) if section == "ddo" else 1
+
+
+def passes(config, section: str) -> float:
     """Forward passes that a real image costs in training, and what it brings along (see `work`)."""
     pairs = section == "ddo" and configs.method_of(config) in ("ddo", "cca")
-    return PASSES["ddo" if pairs else "control"] + config.remat * (2 if pairs else 1)
+    shared = 2 - 2 / together(config, section) if pairs else 0
+    return PASSES["ddo" if pairs else "control"] + config.remat * (2 if pairs else 1) - shared
 
 
 def fakes(config, examples: int) -> int:
@@ -101,13 +132,14 @@ def work(config, examples: int) -> list[Work]:
 
     A backward pass costs two forward passes. DDO trains on a real image and a fake with the target, and evaluates
     the reference on both: 2 (1 + 2) + 2 = 8; MLE (and Neon) takes 3; with remat every trained image takes one more.
-    What the reference said of tokens is kept: examples that return cost 6. Tokenising is not in it.
+    What the reference said of tokens is kept: examples that return cost 6. Candidates side by side (ddo.together) share
+    the reference's two. Tokenising is not in it.
     """
     parts = []
     for section in PASSES:
-        if number := candidates(config, section):
+        if candidates(config, section):
             name = EACH_ROUND if section == "ddo" else section
-            trained = number * total(config, section, examples) * config[section].batch
+            trained = steps(config, section, examples) * config[section].batch
             made = fakes(config, examples) if section == "ddo" else 0
             scored = judged(config) * evaluations(config, section, examples)
             parts.append(Work(name, trained, passes(config, section), made, scored))
@@ -115,7 +147,7 @@ def work(config, examples: int) -> list[Work]:
     return [*parts, Work("report", 0, 0, 0, systems * config.eval.report_seeds * config.eval.num)]
 
 
-def forwards(part: Work, each: Each) -> dict[str, int]:
+def forwards(part: Work, each: Each) -> dict[str, float]:
     """Forward passes of a part, by what they are for."""
     sampled = {"fakes": part.fakes * each.fake, "selection": part.judged * each.judged}
     return {"training": part.trained * part.passes, **sampled}

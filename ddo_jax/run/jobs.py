@@ -39,6 +39,13 @@ class Task(NamedTuple):
     problem: Callable[[dict], str] = lambda result: ""
 
 
+class Group(NamedTuple):
+    """Tasks that one job does at once: how many at most, and by what: their tasks -> their results."""
+
+    size: int
+    run: Callable[[list[Task]], list[dict]]
+
+
 class Lost(Exception):
     """Another job took this one's task over."""
 
@@ -167,23 +174,24 @@ def reporting(sampler: Callable) -> Callable:
 
 
 @contextlib.contextmanager
-def heartbeat(directory: epath.Path, lease_s: float, stall_s: float = 3600.0):
-    """Renew the claim from a thread: an evaluation or a compilation may take longer than the lease.
+def heartbeat(directories: list[epath.Path], lease_s: float, stall_s: float = 3600.0):
+    """Renew claims from a thread: an evaluation or a compilation may take longer than the lease.
 
     Args:
-      stall_s: without `progress` for so long, the claim is left to lapse: the device or a file system hangs.
+      stall_s: without `progress` for so long, the claims are left to lapse: the device or a file system hangs.
     """
-    over, path = threading.Event(), directory / CLAIM
+    over, paths = threading.Event(), [directory / CLAIM for directory in directories]
     _Progress.at, _Progress.lost = time.monotonic(), False
 
     def beat():
         while not over.wait(lease_s / 4):
-            if not _mine(path) and (files.kept(path) is not None or not path.exists()):  # else a passing fault
-                _Progress.lost = True
-                return
-            if time.monotonic() - _Progress.at <= stall_s:
-                with contextlib.suppress(OSError):  # tried again; on a full disk the task itself will say it
-                    files.write_bytes(path, _content())
+            for path in paths:
+                if not _mine(path) and (files.kept(path) is not None or not path.exists()):  # else a passing fault
+                    _Progress.lost = True
+                    return
+                if time.monotonic() - _Progress.at <= stall_s:
+                    with contextlib.suppress(OSError):  # tried again; on a full disk the task itself will say it
+                        files.write_bytes(path, _content())
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -241,17 +249,23 @@ AWAY = "move it away: the same command continues"
 
 
 def divide(
-    tasks: list[Task], lease_s: float, poll_s: float = 5.0, waiting=lambda text: None, stall_s: float = 3600.0
+    tasks: list[Task],
+    lease_s: float,
+    poll_s: float = 5.0,
+    waiting=lambda text: None,
+    stall_s: float = 3600.0,
+    group: Group | None = None,
 ) -> list[dict]:
     """Finish all tasks together with the other jobs on this workdir.
 
     Args:
       tasks: the same list in every job. lease_s, stall_s: see above. waiting: told when others hold what is left.
+      group: how several are done at once; None: one after the other.
 
     Returns:
       The results, in the order of `tasks`.
     """
-    lead = jax.process_index() == 0
+    lead, group = jax.process_index() == 0, group or Group(1, lambda tasks: [task.run() for task in tasks])
     results: dict[int, dict] = {}
     made: set[epath.Path] = set()
     while True:
@@ -261,34 +275,47 @@ def divide(
         if len(results) == len(tasks):
             return [results[i] for i in range(len(tasks))]
         worked = False
-        open_tasks = [task for i, task in enumerate(tasks) if i not in results]
-        for task in open_tasks:
-            if lead:
-                _make(task.directory)
-            if not sharding.agree(lead and take(task.directory, lease_s)):
-                continue
-            worked = True
-            if not sharding.agree(lead and _finished(task) is not None):
-                if task.directory in made:
-                    raise UserError(f"{task.directory}: made, but it is not as it was written; check the disk")
-                if _perform(task, lead, lease_s, stall_s, waiting):
-                    made.add(task.directory)
-            if lead and _mine(task.directory / CLAIM):
-                (task.directory / CLAIM).unlink(missing_ok=True)
+        left = open_tasks = [task for i, task in enumerate(tasks) if i not in results]
+        while left:
+            mine, left = _claimed(left, group.size, lead, lease_s)
+            worked = worked or bool(mine)
+            todo = [task for task in mine if not sharding.agree(lead and _finished(task) is not None)]
+            if again := [task.directory for task in todo if task.directory in made]:
+                raise UserError(f"{again[0]}: made, but it is not as it was written; check the disk")
+            if todo and _perform(todo, group.run, lead, lease_s, stall_s, waiting):
+                made.update(task.directory for task in todo)
+            for task in mine:
+                if lead and _mine(task.directory / CLAIM):
+                    (task.directory / CLAIM).unlink(missing_ok=True)
         if not worked:
             waiting(f"waiting for {len(open_tasks)} tasks of other jobs: {open_tasks[0].directory.name} ...")
             time.sleep(poll_s)
 
 
-def _perform(task: Task, lead: bool, lease_s: float, stall_s: float, waiting) -> bool:
-    """Whether this job did the task to its end."""
+def _claimed(tasks: list[Task], size: int, lead: bool, lease_s: float) -> tuple[list[Task], list[Task]]:
+    """(the first `size` tasks that this job could claim, those behind them)."""
+    mine = []
+    for i, task in enumerate(tasks, 1):
+        if lead:
+            _make(task.directory)
+        if sharding.agree(lead and take(task.directory, lease_s)):
+            mine.append(task)
+            if len(mine) == size:
+                return mine, tasks[i:]
+    return mine, []
+
+
+def _perform(tasks: list[Task], run: Callable, lead: bool, lease_s: float, stall_s: float, waiting) -> bool:
+    """Whether this job did the tasks to their end."""
     try:
-        with heartbeat(task.directory, lease_s, stall_s) if lead else contextlib.nullcontext():
-            result = task.run()
+        with heartbeat([t.directory for t in tasks], lease_s, stall_s) if lead else contextlib.nullcontext():
+            results = run(tasks)
     except Lost:
-        waiting(f"{task.directory.name}: this job showed no life for {lease_s:g} s, another has taken it over")
+        name = tasks[0].directory.name
+        waiting(f"{name}: this job showed no life for {lease_s:g} s, another has taken it over")
         return False
-    if lead and _mine(task.directory / CLAIM):  # else another job took over, and will write its own
-        files.write_sealed(task.directory / RESULT, result)
-    sharding.agree(True)  # the other processes wait until it is there
+    for task, result in zip(tasks, results, strict=True):
+        if lead and _mine(task.directory / CLAIM):  # else another job took over, and will write its own
+            files.write_sealed(task.directory / RESULT, result)
+    sharding.agree(True)  # the other processes wait until they are there
     return True

@@ -12,8 +12,8 @@ from etils import epath
 
 from ddo_jax import sharding
 from ddo_jax.core import line
-from ddo_jax.evaluate.records import Evaluation
 from ddo_jax.run import jobs
+from ddo_jax.run.candidates import divide, lost
 from ddo_jax.run.prepare import Setup
 from ddo_jax.run.scoring import evaluations
 from ddo_jax.store.checkpoint import keep_ema, restore_ema
@@ -39,13 +39,12 @@ def merger(setup: Setup, ref):
     return jax.jit(at, out_shardings=sharding.tree_sharding(setup.mesh, ref))
 
 
-def tasks(setup: Setup, name: str, index: int, ref, trained: tuple[str, int, int], weights, lost) -> list[jobs.Task]:
-    """One task a point.
+def points(setup: Setup, name: str, index: int, ref, trained: tuple[str, int, int], weights) -> list:
+    """(name, evaluation) of points of a line, each a task.
 
     Args:
       name: of the round, "rounds/001"; index: from 0. ref: its reference.
       trained: (candidate, step, images) of the checkpoint that the line goes through. weights: of the points.
-      lost: (directory, result) -> what is gone of a finished one, in words.
     """
     directory = setup.workdir / name
     candidate, step, images = trained
@@ -66,9 +65,6 @@ def tasks(setup: Setup, name: str, index: int, ref, trained: tuple[str, int, int
         own = directory / called(w)
         return jobs.Task(own, lambda: score(w, own), functools.partial(lost, own))
 
-    return [task(float(w)) for w in weights]
-
-
-def found(tasks: list[jobs.Task], results: list[dict]) -> list[tuple[str, Evaluation]]:
-    """(directory's name, evaluation) of every point."""
+    tasks = [task(float(w)) for w in weights]
+    results = divide(setup, tasks)
     return [(t.directory.name, e) for t, result in zip(tasks, results, strict=True) for e in evaluations(result)]

@@ -82,9 +82,7 @@ def summary(totals, images_per_s: float, lr: float) -> dict[str, float]:
 
 
 class Diverged(UserError):
-    """A loss or gradient that is not finite; `evals` holds the evaluations before it."""
-
-    evals: list[Evaluation] = []
+    """A loss, gradient or sample that is not finite."""
 
 
 def check_finite(scalars: dict[str, float], phase: str, first: int, last: int) -> None:
@@ -103,92 +101,162 @@ def status(scalars: dict[str, float]) -> str:
     return f"loss {scalars['loss/mle']:.2f}" if "loss/mle" in scalars else ""
 
 
-def train(phase: Phase, setup: Setup) -> dict:
-    """Run a phase to its end, from its newest good checkpoint if it has one.
+def train(phase: Phase, setup: Setup, until: int | None = None) -> dict:
+    """Run a phase to its end, or until a step, from its newest good checkpoint if it has one.
 
     Returns:
       {"steps", "images", "evals": records of evaluations, "best": one of them or None}.
+
+    Raises:
+      Diverged: a loss, gradient or sample is not finite.
     """
-    c, mesh = phase.config, setup.mesh
-    tx = state.optimizer(c)
+    (loop,) = _run([phase], setup, until)
+    if loop.failed is not None:
+        raise loop.failed
+    return loop.result()
+
+
+def train_together(phases: list[Phase], setup: Setup, until: int | None = None) -> list[dict]:
+    """Candidates of a round side by side: they see the same pairs at the same draws, so that data, fakes and what the
+    reference says of them are made once a step. Numbers do not depend on who is beside whom.
+
+    Returns:
+      What `train` returns, of each; with "failed", in words, of those that diverged: the others go on.
+    """
+    loops = _run(phases, setup, until)
+    return [loop.result() | ({} if loop.failed is None else {"failed": str(loop.failed)}) for loop in loops]
+
+
+def _run(phases: list[Phase], setup: Setup, until: int | None) -> list["_Loop"]:
+    """The loops of phases that differ in their hyper-parameters only, at their end."""
+    until = phases[0].steps if until is None else until
+    with contextlib.ExitStack() as stack:
+        loops = [_opened(stack, phase, setup, until) for phase in phases]
+        first = min(loop.first for loop in loops)
+        data = feed(phases[0], setup, first)
+        for done in range(first + 1, until + 1):
+            real, fake, s_ref = next(data)
+            behind = [loop for loop in loops if loop.first < done and loop.failed is None]
+            for loop in behind:
+                loop.advance(done, real, fake, s_ref)
+            if not behind:
+                break
+        for loop in loops:
+            loop.finish()
+    return loops
+
+
+def _opened(stack: contextlib.ExitStack, phase: Phase, setup: Setup, until: int) -> "_Loop":
+    """A phase at its newest checkpoint."""
+    c, mesh, tx = phase.config, setup.mesh, state.optimizer(phase.config)
 
     def fresh():
         return sharding.place(mesh, state.new_state(phase.start, tx, c.ema_stds))
 
-    with Checkpoints(phase.directory / "checkpoints", alone=True) as checkpoints:
-        shapes = sharding.abstract(mesh, jax.eval_shape(fresh))
-        restored, meta = checkpoints.restore_latest(shapes) or (None, {"evals": [], "step": 0})
-        loop = _Loop(phase, setup, checkpoints, meta["step"], evaluations(meta))
-        with contextlib.closing(loop.log):
-            try:
-                return loop.run(fresh() if restored is None else restored)
-            except Diverged as e:
-                e.evals = loop.evals
-                raise
+    checkpoints = stack.enter_context(Checkpoints(phase.directory / "checkpoints", alone=True))
+    shapes = sharding.abstract(mesh, jax.eval_shape(fresh))
+    restored, meta = checkpoints.restore_latest(shapes) or (None, {"evals": [], "step": 0})
+    loop = _Loop(phase, setup, checkpoints, fresh() if restored is None else restored, meta, until)
+    stack.enter_context(contextlib.closing(loop.log))
+    return loop
+
+
+def feed(phase: Phase, setup: Setup, first: int):
+    """(real, fake, s_ref) of every step from `first` on, on the devices.
+
+    s_ref is what the reference said of the pairs; None where the step asks it itself.
+    """
+    order = dict(start=first, host=(jax.process_index(), jax.process_count()))
+    own, key = phase.source is None, step_key(phase, setup)
+    data, flip = (setup.training_data, setup.config.data.flip) if own else (phase.source(), False)
+    reals = batches(data, phase.config.batch, phase.seed, flip=flip, with_index=True, **order)
+    pair = None if phase.partners is None else phase.partners.fakes(first)
+    asks = None if pair is None else _asking(phase, setup, key)
+    for k in itertools.count(first):
+        real = next(reals)
+        rows = real.pop("index", None)
+        real = sharding.put_batch(setup.mesh, real)
+        if own and setup.programs.tokens is not None:
+            real = setup.programs.tokens(setup.frozen, real)
+        fake, fake_rows = (None, None) if pair is None else pair(k, real)
+        both = {"real": real, "fake": fake}, {"real": rows, "fake": fake_rows}
+        yield real, fake, None if asks is None else asks(k, *both)
+
+
+def step_key(phase: Phase, setup: Setup):
+    """Of the phase's steps."""
+    return sharding.replicate(setup.mesh, state.derive(phase.seed, "step"))
+
+
+def _asking(phase: Phase, setup: Setup, key):
+    """(step, records, rows) -> s_ref, or None: exact scores are asked once and kept; others outside the step only
+    where several candidates share the answer."""
+    if setup.programs.asks is not None:
+        return reference_scores.ReferenceScores(setup.programs.asks, setup.mesh, setup.frozen, phase, key)
+    if setup.programs.refer is None:
+        return None
+    ref, law = phase.partners.ref, phase.hyper.sigma_law
+
+    def asks(k, records, rows):
+        return setup.programs.refer(ref, setup.frozen, records["real"], records["fake"], (key, k, law))
+
+    return asks
 
 
 class _Loop:
-    """The loop's moving parts: position, history, log, console."""
+    """One phase on its way: position, state, history, log, console."""
 
-    def __init__(self, phase: Phase, setup: Setup, checkpoints: Checkpoints, first: int, evals: list[Evaluation]):
-        self.phase, self.setup, self.checkpoints, self.evals = phase, setup, checkpoints, evals
-        self.first = self.logged = first
+    def __init__(self, phase: Phase, setup: Setup, checkpoints: Checkpoints, training_state, meta: dict, until: int):
+        self.phase, self.setup, self.checkpoints = phase, setup, checkpoints
+        self.state, self.evals, self.until = training_state, evaluations(meta), until
+        self.first = self.logged = self.done = meta["step"]
+        self.failed: Diverged | None = None
         main = jax.process_index() == 0
-        self.log = record.PhaseLog(phase.directory, first, setup.config.log.tensorboard, main)
-        self.progress = record.Progress(phase.name, first, phase.steps)
+        self.log = record.PhaseLog(phase.directory, self.first, setup.config.log.tensorboard, main)
+        self.progress = record.Progress(phase.name, self.first, phase.steps)
         self.began, self.text = time.monotonic(), ""
         c = phase.config
         name = f"{phase.section}.snapshot_every"
         self.snapshot_every = configs.steps(c.snapshot_every, c.batch, len(setup.data), name)
+        self.key = step_key(phase, setup)
+        self.step = setup.programs.step_for(phase.objective, phase.section, phase.warmup, phase.steps)
+        self.totals = self.zero()
 
-    # -- data ---------------------------------------------------------------------------------------------
-
-    def data(self, key):
-        """(real, fake, s_ref) of every step from the resume position on, on the devices; key: of the steps."""
+    def advance(self, done: int, real, fake, s_ref) -> None:
+        """Step `done`, counted from 1, and what is due after it. A phase that diverges is `failed` from then on."""
         phase, setup = self.phase, self.setup
-        order = dict(start=self.first, host=(jax.process_index(), jax.process_count()))
-        own = phase.source is None
-        data, flip = (setup.training_data, setup.config.data.flip) if own else (phase.source(), False)
-        reals = batches(data, phase.config.batch, phase.seed, flip=flip, with_index=True, **order)
-        pair = None if phase.partners is None else phase.partners.fakes(self.first)
-        asks = None
-        if setup.programs.asks is not None and pair is not None:
-            asks = reference_scores.ReferenceScores(setup.programs.asks, setup.mesh, setup.frozen, phase, key)
-        for k in itertools.count(self.first):
-            real = next(reals)
-            rows = real.pop("index", None)
-            real = sharding.put_batch(setup.mesh, real)
-            if own and setup.programs.tokens is not None:
-                real = setup.programs.tokens(setup.frozen, real)
-            fake, fake_rows = (None, None) if pair is None else pair(k, real)
-            both = {"real": real, "fake": fake}, {"real": rows, "fake": fake_rows}
-            yield real, fake, None if asks is None else asks(k, *both)
-
-    # -- the loop -----------------------------------------------------------------------------------------
-
-    def run(self, training_state) -> dict:
-        phase, setup = self.phase, self.setup
-        key = sharding.replicate(setup.mesh, state.derive(phase.seed, "step"))
-        advance = setup.programs.step_for(phase.objective, phase.section, phase.warmup, phase.steps)
-        data, totals = self.data(key), self.zero()
-        ref = phase.partners.ref if phase.partners is not None and setup.programs.asks is None else None
-        for done in range(self.first + 1, phase.steps + 1):
-            real, fake, s_ref = next(data)
-            inputs = step.Inputs(setup.frozen, real, fake, key, phase.hyper, ref, s_ref)
-            training_state, totals = advance(training_state, totals, inputs)
-            jobs.progress()
-            evaluate = self.due(done, phase.eval_every)
-            save = evaluate or self.due(done, phase.save_every) or done == phase.steps
-            snapshot = self.due(done, self.snapshot_every)
+        ref = None if phase.partners is None or s_ref is not None else phase.partners.ref
+        inputs = step.Inputs(setup.frozen, real, fake, self.key, phase.hyper, ref, s_ref)
+        self.state, self.totals = self.step(self.state, self.totals, inputs)
+        self.done = done
+        jobs.progress()
+        evaluate = self.due(done, phase.eval_every)
+        save = evaluate or self.due(done, phase.save_every) or done in (phase.steps, self.until)
+        snapshot = self.due(done, self.snapshot_every)
+        try:
             if save or snapshot or self.due(done, setup.config.log.every):
-                self.write(done, totals)
-                totals = self.zero()
+                self.write(done, self.totals)
+                self.totals = self.zero()
             if snapshot:  # before the checkpoint: a job that is killed here makes it again
-                self.snapshot(done, training_state)
+                self.snapshot(done, self.state)
             if save:
-                self.save(done, training_state, evaluate)
-        setup.console.status(self.progress.text(phase.steps, self.text), done=True)
-        return result_of(phase, self.evals)
+                self.save(done, self.state, evaluate)
+        except Diverged as e:
+            self.failed = e
+
+    def finish(self) -> None:
+        if self.failed is None:
+            self.setup.console.status(self.progress.text(self.done, self.text), done=True)
+
+    def result(self) -> dict:
+        """What result.json of the phase says."""
+        best = best_of(self.evals)
+        return {
+            "steps": self.done,
+            "images": self.done * self.phase.config.batch,
+            "evals": [e.record() for e in self.evals],
+            "best": None if best is None else best.record(),
+        }
 
     def zero(self):
         """Fresh totals, committed to the mesh like the step's outputs: its second call must not compile again."""
@@ -240,17 +308,6 @@ class _Loop:
         meta = {"step": done, "evals": [e.record() for e in self.evals]}
         self.checkpoints.save(done, training_state, meta, score)
         self.began = time.monotonic()
-
-
-def result_of(phase: Phase, evals: list[Evaluation]) -> dict:
-    """What result.json of a phase says."""
-    best = best_of(evals)
-    return {
-        "steps": phase.steps,
-        "images": phase.steps * phase.config.batch,
-        "evals": [e.record() for e in evals],
-        "best": None if best is None else best.record(),
-    }
 
 
 def best_of(found: list, key: Callable[[Any], Evaluation] = lambda found: found) -> Any:

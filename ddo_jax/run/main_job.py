@@ -1,5 +1,8 @@
 """The main job: start, rounds, control, report. `run` is what the command line calls."""
 
+import dataclasses
+import math
+import re
 from typing import Any
 
 import jax
@@ -13,6 +16,7 @@ from ddo_jax.evaluate.records import Evaluation, Round
 from ddo_jax.generate.seeds import seed_range
 from ddo_jax.report import plots, report
 from ddo_jax.run import costs, jobs, publish, record, rounds
+from ddo_jax.run.candidates import divide
 from ddo_jax.run.checks import FEW
 from ddo_jax.run.prepare import Setup, prepare
 from ddo_jax.run.scoring import evaluations
@@ -60,7 +64,7 @@ def final_scores(setup: Setup, name: str, params) -> report.Scores:
         images = samples(setup, params, min(config.eval.num, 1024))
         return result | {"nearest": nearest_distance(images, some_images(setup.data), config.model.levels)}
 
-    (result,) = rounds.divide(setup, [jobs.Task(setup.workdir / "report" / "scores" / name, score)])
+    (result,) = divide(setup, [jobs.Task(setup.workdir / "report" / "scores" / name, score)])
     return report.Scores(evaluations(result), result.get("nearest"))
 
 
@@ -87,7 +91,7 @@ def other_scores(setup: Setup, systems: dict[str, Any]) -> dict[str, report.Scor
 
             directory = setup.workdir / "report" / "scores" / f"{system}-{label.replace(', ', '-').replace(' ', '')}"
             tasks[name] = jobs.Task(directory, score)
-    results = rounds.divide(setup, list(tasks.values()))
+    results = divide(setup, list(tasks.values()))
     return {name: report.Scores(evaluations(result)) for name, result in zip(tasks, results, strict=True)}
 
 
@@ -132,7 +136,7 @@ def samples(setup: Setup, params, num: int) -> np.ndarray:
 
 def training_curves(setup: Setup, played: list[Round]) -> list[plots.Curve]:
     """Every candidate's evaluations; the rounds one after the other from the start on."""
-    results, curves, offset = publish.finished(setup.workdir), [], 0
+    results, curves, offset, c = publish.finished(setup.workdir), [], 0, setup.config.ddo
     if any(r.start is None for r in played):  # nothing was scored
         return []
     for r in played:
@@ -141,7 +145,9 @@ def training_curves(setup: Setup, played: list[Round]) -> list[plots.Curve]:
         for name, result in results.items():
             if name.startswith(prefix) and "steps" in result:
                 label = f"round {r.number}, {name.removeprefix(prefix)}"
-                curves.append(_curve(label, "round", r.number - 1, r.start, offset, evaluations(result)))
+                curve = _curve(label, "round", r.number - 1, r.start, offset, evaluations(result))
+                whole = configs.steps(c.length, c.batch, len(setup.data), "ddo.length")
+                curves.append(dataclasses.replace(curve, stopped=result["steps"] < whole))
                 length = max(length, result["images"])
         offset += length
     for name, result in results.items():
@@ -173,14 +179,44 @@ def make_report(setup: Setup, systems: dict, scores: dict, played: list[Round]) 
         ratios,
         grids,
         notes(setup, scores),
-        lines=searched(setup, played),
+        lines=line_points(setup, played),
+        visited=visited(setup, played),
+        searched=searched(setup, played),
         signal=signals(setup, played),
         **costs_of(setup),
     )
     return shown.write(directory)
 
 
-def searched(setup: Setup, played: list[Round]) -> tuple[report.Point, ...]:
+def visited(setup: Setup, played: list[Round]) -> tuple[plots.Visited, ...]:
+    """The (alpha, beta) that the rounds tried."""
+    results, found = publish.finished(setup.workdir), []
+    for r in played:
+        for name, result in results.items():
+            cell = re.fullmatch(rf"rounds/{r.number:03d}/(?:cca_)?a([^_]+)_b([^/]+)", name)
+            scores = [e.score for e in evaluations(result) if e.score is not None] if cell else []
+            if scores:
+                found.append(plots.Visited(r.number, float(cell[1]), float(cell[2]), scores[0], min(scores)))
+    return tuple(found)
+
+
+def searched(setup: Setup, played: list[Round]) -> tuple[list, ...]:
+    """A row for every comparison of a candidate (see `run.search`)."""
+    rows = []
+    for r in played:
+        directory = setup.workdir / f"rounds/{r.number:03d}"
+        for halving in (jobs.result_of(directory / "search") or {"halvings": []})["halvings"]:
+            for name, v in halving["verdicts"].items():
+                numbers = [
+                    "" if v[key] is None or math.isnan(v[key]) else f"{v[key]:.3f}" for key in ("behind", "within")
+                ]
+                score = halving["scores"][name]
+                then = "goes on" if v["goes_on"] else f"stops: {v['why']}"
+                rows.append([r.number, name, halving["step"], f"{score:.3f}", *numbers, then])
+    return tuple(rows)
+
+
+def line_points(setup: Setup, played: list[Round]) -> tuple[report.Point, ...]:
     """The points of the rounds' line searches, each line in order."""
     found = []
     for r in played:

@@ -26,7 +26,8 @@ class Programs:
     Attributes:
       images, fakes: samplers (`generate.sampler.make_sampler`) of images to look at, and of records to train on.
       step_for: of `step.step_factory`. ratio: of `step.make_ratio`.
-      asks: `reference_scores.Programs`, or None: the step asks the reference itself.
+      asks: `reference_scores.Programs`, of exact scores. refer: of `step.make_reference`, where several candidates
+        share its answer. Both None: the step asks the reference itself.
       tokens: (frozen, record of pixels) -> record of tokens, where training has to make them; or None.
     """
 
@@ -35,6 +36,7 @@ class Programs:
     step_for: Callable
     ratio: Callable[..., jax.Array]
     asks: reference_scores.Programs | None
+    refer: Callable | None
     tokens: Callable[..., dict] | None
 
 
@@ -91,6 +93,7 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> Setup:
         step_for=step.step_factory(config, family, mesh),
         ratio=step.make_ratio(family, config.ddo),
         asks=reference_scores.programs(family, config.ddo, mesh) if family.spec.exact else None,
+        refer=step.make_reference(family, config.ddo, mesh) if config.ddo.together > 1 else None,
         tokens=tokens,
     )
     scorer = scoring.open_scorer(config, workdir, family, frozen, samplers, data)

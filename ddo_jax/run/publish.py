@@ -7,7 +7,8 @@ from etils import epath
 
 from ddo_jax import files, sharding
 from ddo_jax.convert import safetensors
-from ddo_jax.run import jobs, record, rounds
+from ddo_jax.run import jobs, record
+from ddo_jax.run.candidates import divide
 from ddo_jax.run.prepare import Setup
 from ddo_jax.run.scoring import evaluation, evaluations
 from ddo_jax.store import classes
@@ -56,7 +57,7 @@ def publish_best(setup: Setup, params) -> None:
                 written.append(directory / classes.TABLE)
         return {"weights": weights_digest(params), "files": {p.name: files.digest(p) for p in written}}
 
-    rounds.divide(setup, [jobs.Task(directory, run, functools.partial(_best_problem, directory))])
+    divide(setup, [jobs.Task(directory, run, functools.partial(_best_problem, directory))])
 
 
 def _checkpoint_problem(directory: epath.Path) -> str:

@@ -18,17 +18,13 @@ from etils import epath
 from ddo_jax import config as configs
 from ddo_jax import files, sharding
 from ddo_jax.data import pool as pools
-from ddo_jax.data import sources
-from ddo_jax.data.labels import balanced_labels, present_classes
 from ddo_jax.data.pipeline import batches
-from ddo_jax.errors import UserError
 from ddo_jax.evaluate.records import Evaluation, Round, read_round
-from ddo_jax.generate.seeds import seed_range
-from ddo_jax.run import fakes, jobs, lines, loop, record, reference_scores, signal, state, step
+from ddo_jax.run import fakes, jobs, lines, loop, reference_scores, search, signal, state
+from ddo_jax.run.candidates import candidate_name, candidates, divide, hyper, lost, phase, sigma_law
 from ddo_jax.run.prepare import Setup
-from ddo_jax.run.scoring import evaluation, evaluations
-from ddo_jax.store import classes
-from ddo_jax.store.checkpoint import read_meta, restore_ema
+from ddo_jax.run.scoring import evaluation
+from ddo_jax.store.checkpoint import restore_ema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,39 +33,6 @@ class Best:
 
     candidate: str
     evaluation: Evaluation
-
-
-def phase(setup: Setup, section: str, name: str, start, **given) -> loop.Phase:
-    """A phase of the config's section ("pretrain", "ddo", "control"), by default of MLE as the section says.
-
-    Args:
-      name: relative directory. start: parameters. given: fields of `loop.Phase` that differ.
-    """
-    c, examples = setup.config[section], len(setup.data)
-
-    def steps(key):
-        return configs.steps(c[key], c.batch, examples, f"{section}.{key}")
-
-    fields = dict(
-        objective="mle",
-        hyper=hyper(c),
-        steps=given.get("steps") or steps("length"),
-        warmup=(steps("warmup") or 0) * c.batch,
-        eval_every=steps("eval_every"),
-        save_every=steps("save_every"),
-    )
-    return loop.Phase(name, setup.workdir / name, section, c, start=start, **fields | given)
-
-
-def hyper(c, *, grid=(1.0, 1.0), lr: float | None = None, law=None) -> step.Hyper:
-    """The traced numbers of a phase. grid: (alpha, beta); lr, law: in place of the section's."""
-    return step.Hyper(*map(float, (*grid, c.lr if lr is None else lr)), law or sigma_law(c))
-
-
-def sigma_law(c, number: int = 0) -> tuple[float, float]:
-    """(P_mean, P_std) of a phase; of round `number` (from 1 on) where the config changes P_std between rounds."""
-    later = [p_std for first, p_std in c.get("p_std_from", ()) if number >= first]
-    return float(c.p_mean), float(later[-1] if later else c.p_std)
 
 
 def anchors(family, mesh, params):
@@ -86,12 +49,6 @@ def anchors(family, mesh, params):
 
     rule = sharding.tree_sharding(mesh, params)
     return jax.jit(both, out_shardings=(rule, rule))(params)
-
-
-def divide(setup: Setup, tasks: list[jobs.Task]) -> list[dict]:
-    """Do the tasks, together with other jobs on the same workdir."""
-    config = setup.config
-    return jobs.divide(tasks, config.lease_s, waiting=setup.console.status, stall_s=config.stall_s)
 
 
 def abstract_params(setup: Setup):
@@ -121,68 +78,6 @@ def trained(setup: Setup, section: str, start):
 
 
 # -- one round --------------------------------------------------------------------------------------------
-
-
-def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
-    """Sample the fakes of a round chunk by chunk; whole chunks of an interrupted pool are kept."""
-    family, config = setup.family, setup.config
-    seeds = seed_range("pool", index, config.ddo.pool)
-    labels, rule = classes.pool_labels(config, family, setup.data, len(seeds))
-    size = config.eval.batch
-    rows = [slice(i, i + size) for i in range(0, len(seeds), size)]
-    recorded = pool_digests(directory, len(rows))
-    digests = [pools.kept_digest(pools.chunk_path(directory, i), recorded[i], seeds[r]) for i, r in enumerate(rows)]
-    missing = [i for i in range(len(rows)) if not sharding.agree(digests[i] is not None)]
-    progress = record.Progress(f"rounds/{index + 1:03d}/pool", len(rows) - len(missing), len(rows))
-    for done, i in enumerate(missing, len(rows) - len(missing) + 1):
-        (chunk,) = setup.programs.fakes(ref, setup.frozen, seeds[rows[i]], labels[rows[i]])
-        digests[i] = pools.digest(chunk["image"], chunk["label"])
-        if recorded[i] not in (None, digests[i]):
-            raise UserError(
-                f"{pools.chunk_path(directory, i)}: lost or damaged, and made again on this device it is another one; "
-                f"put back a copy of it, or move {directory.parent} aside: the round is then played anew"
-            )
-        if jax.process_index() == 0:
-            pools.write_chunk(directory, i, chunk["image"], chunk["label"], seeds[rows[i]])
-        setup.console.status(progress.text(done), done=done == len(rows))
-    return {
-        "chunks": len(rows),
-        "digests": digests,
-        "num_classes": family.spec.num_classes,
-        "num": len(seeds),
-        "seeds": [int(seeds[0]), int(seeds[-1])],
-        "labels": rule,
-        "sampler": family.fake_settings(family.settings(config.sampler)).record(),
-    }
-
-
-def pool_task(setup: Setup, directory: epath.Path, ref, index: int) -> jobs.Task:
-    """The pool of a round; chunks that were lost since it was finished are made again."""
-    target = directory / "pool"
-
-    def problem(result):
-        return "" if jobs.result_of(directory / "tidy") else pools.problem(target, result)
-
-    return jobs.Task(target, lambda: make_pool(setup, target, ref, index), problem)
-
-
-def pool_digests(directory: epath.Path, number: int) -> list[str | None]:
-    """Those of a pool that was finished and then lost chunks; else `number` times None."""
-    try:
-        found = (files.read_sealed(directory / pools.MARKER) or {}).get("digests")
-    except files.Damaged:
-        found = None
-    return found if isinstance(found, list) and len(found) == number else [None] * number
-
-
-def candidate_name(alpha: float, beta: float, objective: str = "ddo") -> str:
-    """
-    >>> candidate_name(4.0, 0.05), candidate_name(50.0, 0.02, "cca"), candidate_name(4.0, 0.05, "mle")
-    ('a4_b0.05', 'cca_a50_b0.02', 'mle')
-    """
-    if objective == "mle":
-        return objective
-    return f"{'' if objective == 'ddo' else f'{objective}_'}a{alpha:g}_b{beta:g}"
 
 
 def play_round(setup: Setup, index: int, ref):
@@ -223,7 +118,7 @@ def _compete(setup: Setup, name: str, index: int, ref) -> Round:
     tasks = [jobs.Task(directory / "start", score_start)]
     pooled = configs.samples_fakes(config) and config.ddo.pool > 0
     if pooled:
-        tasks += [pool_task(setup, directory, ref, index)]
+        tasks += [fakes.pool_task(setup, directory, ref, index)]
     start, *_ = divide(setup, tasks)
 
     @functools.cache  # opened by a job that has a candidate to train, not by one that finds all of them done
@@ -231,14 +126,15 @@ def _compete(setup: Setup, name: str, index: int, ref) -> Round:
         return pools.open_pool(directory / "pool")
 
     def samples(number: int = RATIOS):
-        return pool() if pooled else some_fakes(setup, ref, index, number)
+        return pool() if pooled else fakes.some_fakes(setup, ref, index, number)
 
     anchor = anchors(setup.family, setup.mesh, ref)
     law = sigma_law(config.ddo, index + 1)
     if config.log.signal:
         divide(setup, [signal_task(setup, name, anchor[1], samples, law)])
-    neon = configs.method_of(config) == "neon"
-    found = (self_trained if neon else grid)(setup, name, index, (ref, *anchor), pool, law)
+    method = configs.method_of(config)
+    play = self_trained if method == "neon" else grid
+    found = play(setup, name, index, (ref, *anchor), pool, law)
     best = Best(*loop.best_of(found, key=lambda pair: pair[1]))
 
     def measure():
@@ -256,19 +152,22 @@ def _compete(setup: Setup, name: str, index: int, ref) -> Round:
 
 
 def grid(setup: Setup, name: str, index: int, params, pool, law) -> list[tuple[str, Evaluation]]:
-    """Every (alpha, beta) trained from the reference, then the line through the best: all evaluations, and whose.
+    """Every (alpha, beta) trained from the reference, or those that a search asks for, then the line through the best:
+    all evaluations, and whose.
 
     Args:
       params: (the reference, and of `anchors`). pool: opens the fakes. law: of noise levels.
     """
     config, (ref, first, anchor) = setup.config, params
     method, cells = configs.method_of(config), list(itertools.product(config.ddo.alpha, config.ddo.beta))
-    shared = partners(setup, anchor, index, pool, len(cells) > 1) if method != "mle" else None
-    phases = [
-        phase(
+    searching = config.ddo.search == "auto"
+    shared = partners(setup, anchor, index, pool, searching or len(cells) > 1) if method != "mle" else None
+
+    def make(cell: tuple[float, float], called: str = "") -> loop.Phase:
+        return phase(
             setup,
             "ddo",
-            f"{name}/{candidate_name(*cell, method)}",
+            f"{name}/{called or candidate_name(*cell, method)}",
             first,
             objective=method,
             hyper=hyper(config.ddo, grid=cell, law=law),
@@ -276,14 +175,13 @@ def grid(setup: Setup, name: str, index: int, params, pool, law) -> list[tuple[s
             select=index,
             partners=shared,
         )
-        for cell in cells
-    ]
-    found = candidates(setup, phases)
+
+    found = search.auto(setup, index, make) if searching else candidates(setup, [make(cell) for cell in cells])
     if not config.ddo.line:
         return found
     best = Best(*loop.best_of(found, key=lambda pair: pair[1]))
     trained = (best.candidate, best.evaluation.step, best.evaluation.images)
-    return found + points(setup, name, index, ref, trained, config.ddo.line)
+    return found + lines.points(setup, name, index, ref, trained, config.ddo.line)
 
 
 def self_trained(setup: Setup, name: str, index: int, params, pool, law) -> list[tuple[str, Evaluation]]:
@@ -303,17 +201,11 @@ def self_trained(setup: Setup, name: str, index: int, params, pool, law) -> list
     of_it = [directory.parent / lines.called(-w) for w in config.neon.w]
 
     def problem(result):
-        return "" if all(jobs.result_of(d) for d in of_it) else _lost(directory, result)
+        return "" if all(jobs.result_of(d) for d in of_it) else lost(directory, result)
 
     divide(setup, [jobs.Task(directory, lambda: loop.train(fitted, setup), problem)])
     trained = ("neon", steps, steps * config.ddo.batch)
-    return points(setup, name, index, ref, trained, [-w for w in config.neon.w])
-
-
-def points(setup: Setup, name: str, index: int, ref, trained, weights) -> list[tuple[str, Evaluation]]:
-    """Points of a line, scored (see `lines.tasks`)."""
-    tasks = lines.tasks(setup, name, index, ref, trained, weights, _lost)
-    return lines.found(tasks, divide(setup, tasks))
+    return lines.points(setup, name, index, ref, trained, [-w for w in config.neon.w])
 
 
 def signal_task(setup: Setup, name: str, ref, samples, law) -> jobs.Task:
@@ -339,16 +231,6 @@ def partners(setup: Setup, ref, index: int, pool, keep: bool) -> loop.Partners:
     return loop.Partners(ref, made, {"real": reference_scores.Kept(len(setup.training_data)), "fake": fake})
 
 
-def some_fakes(setup: Setup, ref, index: int, num: int):
-    """The reference's own samples as a source, for rounds without a pool."""
-    num_classes = setup.family.spec.num_classes
-    seeds = seed_range("select", index, num)
-    labels = balanced_labels(np.arange(num), num_classes, present_classes(setup.data.class_counts))
-    parts = list(setup.programs.fakes(ref, setup.frozen, seeds, labels))
-    images, labels = (np.concatenate([p[key] for p in parts]) for key in ("image", "label"))
-    return sources.ArraySource("fakes", images, labels, num_classes)
-
-
 RATIOS = 1024  # log-ratios of each kind in the report's histogram
 
 
@@ -370,48 +252,6 @@ def ratios(setup: Setup, directory: epath.Path, best: Best, against, num: int = 
         parts = [measure(r, key, law) for r, key in zip(records, keys, strict=True)]
         found[name] = np.concatenate([sharding.to_host(r) for r in parts])[:num].tolist()
     return {"candidate": best.candidate, "step": step_, **found}
-
-
-def candidates(setup: Setup, phases: list[loop.Phase]) -> list[tuple[str, Evaluation]]:
-    """Train all candidates; (name, evaluation) of every evaluation of all.
-
-    One of several candidates may diverge: it is said, and the others go on.
-
-    Raises:
-      UserError: no candidate was evaluated.
-    """
-
-    def run(p):
-        try:
-            return loop.train(p, setup)
-        except loop.Diverged as e:
-            if len(phases) == 1:
-                raise
-            setup.console.line(f"{e}; the other candidates go on")
-            return loop.result_of(p, e.evals) | {"failed": str(e)}
-
-    tasks = [jobs.Task(p.directory, functools.partial(run, p), functools.partial(_lost, p.directory)) for p in phases]
-    results = divide(setup, tasks)
-    found = [(p.directory.name, e) for p, r in zip(phases, results, strict=True) for e in evaluations(r)]
-    if loop.best_of([e for _, e in found]) is None:
-        raise UserError(f"{phases[0].name} and all other candidates diverged; lower lr or beta in a new workdir")
-    return found
-
-
-def _lost(directory: epath.Path, result: dict) -> str:
-    """Which checkpoint of a finished candidate is gone or damaged, in words; "" if its best is there.
-
-    Of one that was not scored (Neon's), its last one is meant.
-    """
-    best = result.get("best")
-    step = best["step"] if best else result["steps"] if not result.get("failed") else None
-    if step is None or jobs.result_of(directory.parent / "tidy"):  # of a decided round losers were deleted
-        return ""
-    try:
-        read_meta(directory / "checkpoints", step)
-    except files.Damaged as e:
-        return str(e)
-    return ""
 
 
 def tidy(directory: epath.Path, found: Round) -> dict:

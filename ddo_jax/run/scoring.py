@@ -86,6 +86,7 @@ def _check_unscored(config) -> None:
         value = config.eval[key]
         configs.require(value == nothing, f"eval.{key}", value, allowed.format("unset" if nothing is None else nothing))
     configs.require(not config.ddo.line, "ddo.line", config.ddo.line, allowed.format("()"))
+    configs.require(config.ddo.search != "auto", "ddo.search", "auto", allowed.format("fixed, grid"))
     trained = [("ddo", "alpha"), ("ddo", "beta")] if config.ddo.rounds else []
     trained += [("neon", "w")] if config.ddo.rounds and configs.method_of(config) == "neon" else []
     trained += [("control", "lrs")] if config.ddo.rounds and config.control.enabled else []
@@ -223,7 +224,8 @@ class Scorer:
         }
         images = Images(at[0], len(seeds), spec.image_shape, spec.levels, spec.num_classes, kept, made)
         wanted = report_metrics(self.config) if purpose == "report" else [select_metric(self.config)]
-        found = self.evaluator.score(images, [metric for metric in wanted if metric])
+        paired = purpose == "select" and self.config.ddo.search == "auto"
+        found = self.evaluator.score(images, [metric for metric in wanted if metric], paired)
         phase, step, seen = at
         return dataclasses.replace(found, phase=phase, step=step, images=seen), kept.images()
 

@@ -54,8 +54,8 @@ class Inputs(NamedTuple):
     Attributes:
       frozen: the network's buffers. real, fake: records (images, labels); fake is None for "mle".
       key: of the phase's steps. hyper: see there.
-      ref: the reference's parameters, or None: s_ref [B,2] is what it said of the pairs at this step's draws
-        (`reference_scores.ReferenceScores`), in their place.
+      ref: the reference's parameters, or None: s_ref [B,2,...] is what it said of the pairs at this step's draws
+        (`reference_scores.ReferenceScores`, `make_reference`), in their place.
     """
 
     frozen: Any
@@ -119,13 +119,17 @@ def mle_objective(family: Family, params, frozen, batch, key):
     return jnp.mean(loss), {"loss_mle": measured(loss)}
 
 
+def micro_batches(x, parts: int):
+    """[B,...] -> [parts, B / parts, ...]; part j takes rows j, j + parts, ...: every device keeps its own rows."""
+    return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+
 def accumulated(objective, params, batch, parts: int):
     """(gradient, statistics) of the mean over `parts` equal micro-batches, one after the other in memory."""
     gradient = jax.grad(objective, has_aux=True)
     if parts == 1:
         return gradient(params, batch, 0)
-    # micro-batch j takes rows j, j + parts, ...: every device keeps its own rows
-    micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
+    micro = jax.tree.map(lambda x: micro_batches(x, parts), batch)
 
     def body(total, part):
         j, rows = part
@@ -242,6 +246,31 @@ def step_factory(config, family: Family, mesh):
         return make_step(Training(family, mesh, c, objective, warmup, total=steps * c.batch))
 
     return build
+
+
+def make_reference(family: Family, c, mesh):
+    """Jitted (ref, frozen, real, fake, (key, k, sigma_law)) -> s_ref [B,2,...] of step k, which several candidates
+    share; in as many parts as a step, one after the other in memory."""
+
+    @functools.partial(jax.jit, compiler_options=family.compiler_options or None)
+    def refer(ref, frozen, real, fake, at):
+        key, k, sigma_law = at
+        key_real, key_fake, key_draw, *_ = step_keys(key, k)
+        draws = family.pair_draw(key_draw, c.batch, sigma_law)
+        rows = family.encode(frozen, real, key_real), family.encode(frozen, fake, key_fake), draws
+
+        def score(part):
+            real, fake, draws = part
+            s = family.score(ref, frozen, ddo.interleave(real, fake), ddo.interleave(draws, draws))
+            return jax.tree.map(lambda v: v.reshape(-1, 2, *v.shape[1:]), s)
+
+        with sharding.rows_over(mesh):
+            if c.accumulation == 1:
+                return score(rows)
+            said = jax.lax.map(score, jax.tree.map(lambda x: micro_batches(x, c.accumulation), rows))
+            return jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1).reshape(c.batch, *v.shape[2:]), said)
+
+    return refer
 
 
 def make_ratio(family: Family, c):

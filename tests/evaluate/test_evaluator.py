@@ -10,6 +10,7 @@ from ddo_jax.evaluate import image_sets, references
 from ddo_jax.evaluate.evaluator import MAIN, Evaluator, First, Images
 from ddo_jax.evaluate.features import FeatureNet
 from ddo_jax.evaluate.neighbours import nearest_distance
+from ddo_jax.evaluate.records import read
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 17, (90, 4, 4, 1), np.uint8)
@@ -35,9 +36,9 @@ def reference(images=IMAGES):
     return references.of_images(lambda limit: image_sets.of_source(source, limit, 17), {"fid": 5}, {MAIN: network()})
 
 
-def score(net, refs, parts, wanted=("fid",)):
+def score(net, refs, parts, wanted=("fid",), paired=False):
     images = Images("set", 90, (4, 4, 1), 17, 3, parts, {"quantised_to": "17 levels"})
-    return Evaluator({MAIN: net}, refs).score(images, list(wanted))
+    return Evaluator({MAIN: net}, refs).score(images, list(wanted), paired)
 
 
 def test_identical_sets_have_no_distance():
@@ -56,6 +57,18 @@ def test_split_into_batches_does_not_matter():
         parts = score(network(), refs, records(*ends))
         np.testing.assert_allclose([*parts.values.values()], [*whole.values.values()], rtol=1e-6)
         assert parts.protocol.content == whole.protocol.content and parts.protocol.n_samples == 90
+
+
+def test_influence_of_blocks():
+    """Breaks if what a record keeps of the images does not say what leaving some of them out does to the score."""
+    refs = {"train": reference(IMAGES[:40])}
+    whole = score(network(), refs, records(90), paired=True)
+    assert len(whole.influence) == 64
+    assert read(whole.record()) == whole and score(network(), refs, records(90)).influence == ()
+    left_out = [IMAGES[np.r_[:i, i + 1 : 90]] for i in range(3)]
+    without = [score(network(), refs, records(89, images=x)).score for x in left_out]
+    predicted = [whole.score - influence / 89 for influence in whole.influence[:3]]
+    np.testing.assert_allclose(np.diff(without), np.diff(predicted), rtol=0.2, atol=0.02)
 
 
 def test_accuracy_is_always_there_for_a_classifier():

@@ -233,8 +233,39 @@ def test_finished_tasks_are_not_done_again(tmp_path):
 def test_heartbeat_keeps_a_claim_alive(tmp_path):
     """Breaks if an evaluation longer than the lease is taken over while its job lives."""
     claim(epath.Path(tmp_path), job=jobs.JOB, time=0.0)
-    with jobs.heartbeat(epath.Path(tmp_path), lease_s=0.2):
+    with jobs.heartbeat([epath.Path(tmp_path)], lease_s=0.2):
         deadline = time.monotonic() + 10
         while json.loads((tmp_path / "claim.json").read_text())["time"] == 0.0 and time.monotonic() < deadline:
             time.sleep(0.01)
     assert time.time() - json.loads((tmp_path / "claim.json").read_text())["time"] < 60
+
+
+def test_tasks_at_once(tmp_path):
+    """Breaks if a group holds fewer or more tasks than it may, takes one that another job has, or mixes up results."""
+    tasks = [jobs.Task(epath.Path(tmp_path / name), dict) for name in "abcde"]
+    (tmp_path / "b").mkdir()
+    claim(tasks[1].directory, job="another", pid=1, time=time.time())
+    seen = []
+
+    def run(group):
+        seen.append([t.directory.name for t in group])
+        if len(seen) == 2:  # the other job ends
+            (tmp_path / "b/claim.json").unlink()
+        assert all((t.directory / "claim.json").exists() for t in group)
+        return [{"name": t.directory.name} for t in group]
+
+    results = jobs.divide(tasks, lease_s=600.0, poll_s=0.01, group=jobs.Group(3, run))
+    assert seen == [["a", "c", "d"], ["e"], ["b"]]
+    assert [r["name"] for r in results] == list("abcde") and not list(tmp_path.glob("*/claim.json"))
+
+
+def test_a_group_that_fails_leaves_no_result(tmp_path):
+    """Breaks if one task of a group is taken for done though the group was not."""
+    tasks = [jobs.Task(epath.Path(tmp_path / name), dict) for name in "ab"]
+
+    def run(group):
+        raise UserError("no")
+
+    with pytest.raises(UserError, match="no"):
+        jobs.divide(tasks, lease_s=600.0, group=jobs.Group(2, run))
+    assert not list(tmp_path.glob("*/result.json"))

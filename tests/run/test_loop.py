@@ -9,7 +9,7 @@ import pytest
 from ddo_jax import convert, files
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate.records import Evaluation, Protocol
-from ddo_jax.run import jobs, loop, rounds
+from ddo_jax.run import candidates, jobs, loop
 from ddo_jax.store import snapshots
 from tests.harness import random_variables
 
@@ -23,7 +23,7 @@ def run(setup, tmp_path):
     def make(name, total, lr=None):
         params = random_variables(setup.family.init)[0]
         c = setup.config.pretrain
-        phase = rounds.phase(own, "pretrain", name, params, steps=total, hyper=rounds.hyper(c, lr=lr))
+        phase = candidates.phase(own, "pretrain", name, params, steps=total, hyper=candidates.hyper(c, lr=lr))
         return dataclasses.replace(phase, save_every=2), own
 
     return make

@@ -19,7 +19,7 @@ from ddo_jax.evaluate import __main__ as evaluate_command
 from ddo_jax.evaluate import features
 from ddo_jax.evaluate.records import Evaluation, Protocol, Round
 from ddo_jax.plan import dry_run
-from ddo_jax.run import checks, main_job, rounds
+from ddo_jax.run import checks, fakes, loop, main_job, rounds
 from ddo_jax.run.checks import check_network
 from ddo_jax.run.prepare import prepare
 from ddo_jax.run.scoring import open_evaluator, scoring_inputs
@@ -248,14 +248,14 @@ def test_interrupted_pruning_is_finished(setup, new_workdir):
 
 def test_one_diverging_candidate_does_not_end_the_round(setup, new_workdir, monkeypatch):
     """Breaks if one alpha, beta of a grid takes the others down, or wins."""
-    train = rounds.loop.train
+    write = loop._Loop.write
 
-    def diverging(phase, setup):
-        if phase.directory.name == "a4_b0.1":
-            raise rounds.loop.Diverged("rounds/001/a4_b0.1: loss/real is nan between steps 1 and 2")
-        return train(phase, setup)
+    def diverging(self, done, totals):
+        if self.phase.directory.name == "a4_b0.1":
+            raise loop.Diverged("rounds/001/a4_b0.1: loss/real is nan between steps 1 and 2")
+        return write(self, done, totals)
 
-    monkeypatch.setattr(rounds.loop, "train", diverging)
+    monkeypatch.setattr(loop._Loop, "write", diverging)
     *_, summary = play(setup, new_workdir("diverging"), lambda _, step: 3.0 - step)
     assert summary.candidate == "a4_b0.2"
     assert any("the other candidates go on" in line for line in setup.console.lines)
@@ -350,10 +350,10 @@ def test_a_full_disk_is_said_and_the_run_continues(setup, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", second_is_full)
         with pytest.raises(UserError, match="no space left on the disk; kept"), files.full_disk("kept"):
-            rounds.make_pool(setup, directory, ref, 0)
+            fakes.make_pool(setup, directory, ref, 0)
     (first,) = tmp_path.iterdir()
     before = first.stat().st_mtime_ns
-    assert rounds.make_pool(setup, directory, ref, 0)["chunks"] == 2
+    assert fakes.make_pool(setup, directory, ref, 0)["chunks"] == 2
     assert len(list(tmp_path.iterdir())) == 2 and first.stat().st_mtime_ns == before
 
 

@@ -1,6 +1,5 @@
 """A family with exact likelihoods in the harness: online fakes, the reference asked once, baselines, restarts."""
 
-import contextlib
 import dataclasses
 import json
 
@@ -16,7 +15,7 @@ from ddo_jax.errors import UserError
 from ddo_jax.generate import request
 from ddo_jax.generate.request import Request, open_generator
 from ddo_jax.models.vqvae import from_config
-from ddo_jax.run import fakes, loop, main_job, prepare, reference_scores, rounds, state, step
+from ddo_jax.run import candidates, fakes, loop, main_job, prepare, reference_scores, rounds, state, step
 from tests.harness import Quiet
 
 TOKENIZER = dict(vocab_size=12, z_channels=4, ch=8, ch_mult=[1, 1], num_res_blocks=1, patch_nums=[1, 4])
@@ -73,10 +72,10 @@ def start(run):
 def candidate(run, directory, ref, *, beta=0.1, pooled=False, config=None):
     """A candidate of round 1 in `directory`, from `ref`."""
     own = dataclasses.replace(run, workdir=run.workdir.__class__(directory), config=config or run.config)
-    pool = pooled and (lambda: rounds.pools.open_pool(own.workdir / "pool"))
+    pool = pooled and (lambda: fakes.pools.open_pool(own.workdir / "pool"))
     shared = rounds.partners(own, ref, 0, pool, keep=True)
-    hyper = rounds.hyper(own.config.ddo, grid=(10.0, beta))
-    return rounds.phase(own, "ddo", "c", ref, objective="ddo", hyper=hyper, seed=7, partners=shared)
+    hyper = candidates.hyper(own.config.ddo, grid=(10.0, beta))
+    return candidates.phase(own, "ddo", "c", ref, objective="ddo", hyper=hyper, seed=7, partners=shared)
 
 
 def with_asks(run, fill):
@@ -87,11 +86,7 @@ def with_asks(run, fill):
 
 def steps_of(phase, run, n):
     """What the loop gives its first n steps."""
-    phase.directory.mkdir(exist_ok=True)
-    moving = loop._Loop(phase, run, None, 0, [])
-    with contextlib.closing(moving.log):
-        stream = moving.data(sharding.replicate(run.mesh, state.derive(phase.seed, "step")))
-        return [next(stream) for _ in range(n)]
+    return list(itertools.islice(loop.feed(phase, run, 0), n))
 
 
 def test_small_sets_are_tokenised_once(run):
@@ -292,9 +287,9 @@ def test_a_pool_of_tokens_is_read_like_the_data(run, start, tmp_path):
     own.config.ddo.pool = 40
     directory = own.workdir / "pool"
     directory.mkdir()
-    result = rounds.make_pool(own, directory, start, 0)
+    result = fakes.make_pool(own, directory, start, 0)
     files.write_json(directory / "result.json", result)
-    pool = rounds.pools.open_pool(directory)
+    pool = fakes.pools.open_pool(directory)
     assert pool.image_shape == (L,) and pool.dtype == np.int32 and len(pool) == 40
     phase = candidate(run, tmp_path, start, pooled=True, config=own.config)
     assert phase.partners.kept["fake"].values.shape == (40, 2)
