@@ -9,6 +9,7 @@ from ddo_jax.config.keys import (
     MOST_STEPS,
     base,
     difference,
+    fakes_of_a_step,
     is_set,
     leaves,
     method_of,
@@ -18,5 +19,5 @@ from ddo_jax.config.keys import (
 from ddo_jax.config.validate import check_claimed, require, validate
 
 __all__ = ["HARMLESS", "MOST_STEPS", "METHODS", "base", "check_claimed", "difference", "is_set", "leaves"]
-__all__ += ["method_of", "samples_fakes"]
+__all__ += ["fakes_of_a_step", "method_of", "samples_fakes"]
 __all__ += ["require", "steps", "validate"]

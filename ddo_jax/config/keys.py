@@ -77,6 +77,7 @@ def _rounds() -> dict:
         search="grid",
         alpha=(4.0,),  # method cca: its lambda
         beta=(0.05,),
+        fake_ratio=1.0,  # fakes of a step over its real images; both terms are means, so alpha keeps its meaning
         together=1,  # candidates that one job trains side by side: the reference is asked once for all
         line=(),  # of a round's best checkpoint, ref + w (theta - ref) is scored for these w too; the best is kept
         pool_labels="balanced",  # of the pool's fakes: balanced over the classes | data: the data's frequencies
@@ -217,6 +218,15 @@ def method_of(config) -> str:
 def samples_fakes(config) -> bool:
     """Whether the rounds need samples of the reference."""
     return method_of(config) in ("ddo", "neon")
+
+
+def fakes_of_a_step(c) -> int:
+    """Fake images of a step of the section "ddo".
+
+    >>> fakes_of_a_step(ConfigDict({"batch": 128, "fake_ratio": 0.5})), fakes_of_a_step(ConfigDict({"batch": 128}))
+    (64, 128)
+    """
+    return round(c.batch * c.get("fake_ratio", 1.0))
 
 
 MOST_STEPS = 2**31 - 1

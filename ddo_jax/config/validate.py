@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from ddo_jax.config.keys import METHODS, base, is_set, leaves, method_of, samples_fakes, steps
+from ddo_jax.config.keys import METHODS, base, fakes_of_a_step, is_set, leaves, method_of, samples_fakes, steps
 from ddo_jax.core.ar import DROPPED_ROW_LOSSES
 from ddo_jax.core.phema import MAX_STD
 from ddo_jax.core.samplers import MOST_SIGMA
@@ -235,6 +235,12 @@ def _check_grids(config) -> None:
 def _check_search(config) -> None:
     c, ways = config.ddo, ("fixed", "grid", "auto")
     require(c.search in ways, "ddo.search", c.search, ", ".join(ways))
+    fakes, key, ratio = fakes_of_a_step(c), "ddo.fake_ratio", c.fake_ratio
+    require(
+        0 < ratio < 1000 and fakes == c.batch * ratio, key, ratio, f"such that {c.batch} times it is a whole number"
+    )
+    require(fakes % c.accumulation == 0, key, ratio, f"such that {fakes} fakes are a multiple of ddo.accumulation")
+    require(ratio == 1 or method_of(config) == "ddo", key, ratio, f"1 with method {method_of(config)!r}")
     require(c.together >= 1, "ddo.together", c.together, "at least 1")
     for key in ("alpha", "beta") if c.search == "fixed" else ():
         require(len(c[key]) == 1, f"ddo.{key}", c[key], "one value: ddo.search is 'fixed'")
@@ -315,8 +321,8 @@ def _check_pool(config) -> None:
     if not config.ddo.pool or not samples_fakes(config):
         allowed = "balanced: there is no pool, fakes have the labels of the real rows beside them"
     require(labels in allowed.split(":")[0].split(", "), "ddo.pool_labels", labels, allowed)
-    least = config.ddo.batch
-    allowed = f"at least ddo.batch = {least}, the fakes of a step, or 0 for fakes made as training goes"
+    least = fakes_of_a_step(config.ddo)
+    allowed = f"at least {least}, the fakes of a step, or 0 for fakes made as training goes"
     if method_of(config) == "neon":
         allowed = f"at least ddo.batch = {least}: method neon trains on the pool and nothing else"
         require(config.ddo.pool > 0, "ddo.pool", config.ddo.pool, allowed)
@@ -327,6 +333,7 @@ def _check_devices(config, devices: int) -> None:
     fsdp = config.mesh.fsdp
     require(fsdp >= 1 and devices % fsdp == 0, "mesh.fsdp", fsdp, f"a divisor of the {devices} devices")
     batches = {f"{p}.batch": config[p].batch // config[p].accumulation for p in PHASES}
+    batches["ddo.fake_ratio"] = fakes_of_a_step(config.ddo) // config.ddo.accumulation
     for key, value in {**batches, "eval.batch": config.eval.batch}.items():
         require(value % devices == 0, key, value, f"(per micro-batch) a multiple of the {devices} devices")
 

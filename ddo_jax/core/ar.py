@@ -223,13 +223,13 @@ def dropped_row_weights(
 
 def var_ddo_terms(
     r_real: Float[Array, "b"],
-    r_fake: Float[Array, "b"],
+    r_fake: Float[Array, "f"],
     token_nll: Float[Array, "b"],
     dropped: Bool[Array, "b"],
     *,
     beta: ScalarLike,
     dropped_row_loss: str,
-) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+) -> tuple[Float[Array, "b"], Float[Array, "f"]]:
     """The DDO terms of a batch in which some labels were dropped, without weights.
 
         R_i = -log sigmoid(beta r_real_i);  of a dropped row with "nll"  R_i = token_nll_i
@@ -239,7 +239,7 @@ def var_ddo_terms(
       r_real, r_fake, token_nll, dropped, beta, dropped_row_loss: as `var_ddo_loss`.
 
     Returns:
-      (R [B], F [B]), both >= 0, float32 (float64 if r is).
+      (R [B], F [F]), both >= 0, float32 (float64 if r is).
 
     Raises:
       ValueError: another dropped_row_loss.
@@ -255,7 +255,7 @@ def var_ddo_terms(
     _check_choice(dropped_row_loss)
     dropped, token_nll = _flags("dropped", dropped), door.floats("token_nll", token_nll, rank=1)
     real, fake = ddo.ddo_terms(r_real, r_fake, alpha=1.0, beta=beta)
-    door.alike(r_real=real, r_fake=fake, token_nll=token_nll, dropped=dropped)
+    door.alike(r_real=real, token_nll=token_nll, dropped=dropped)
     if dropped_row_loss == "nll":
         real = jnp.where(dropped, token_nll.astype(real.dtype), real)
     return real, fake
@@ -263,10 +263,11 @@ def var_ddo_terms(
 
 def var_ddo_loss(
     r_real: Float[Array, "b"],
-    r_fake: Float[Array, "b"],
+    r_fake: Float[Array, "f"],
     token_nll: Float[Array, "b"],
     dropped: Bool[Array, "b"],
     *,
+    dropped_fake: Bool[Array, "f"] | None = None,
     alpha: ScalarLike,
     beta: ScalarLike,
     dropped_row_loss: str,
@@ -280,9 +281,9 @@ def var_ddo_loss(
     are two ways to do so; "posonly_w1" weighs those rows like the others.
 
     Args:
-      r_real: log-ratios of data, [B], nats, summed over tokens. r_fake: of samples of the reference.
+      r_real: log-ratios of data, [B], nats, summed over tokens. r_fake: of samples of the reference, [F].
       token_nll: -log p / L of the data under the model that is trained, nats a token, [B]; used by "nll" only.
-      dropped: [B]; row i of both has the same label and the same fate.
+      dropped: [B]; of real rows. dropped_fake: [F]; of fakes, None: row i of both has the same fate.
       alpha: >= 0. beta: > 0. Python numbers or traced scalars.
       dropped_row_loss: "posonly", "nll" or "posonly_w1".
 
@@ -306,7 +307,11 @@ def var_ddo_loss(
     Reference: specs/var.md section 8; arXiv 2503.01103.
     """
     real, fake = var_ddo_terms(r_real, r_fake, token_nll, dropped, beta=beta, dropped_row_loss=dropped_row_loss)
-    real_weight, fake_weight = dropped_row_weights(dropped, alpha=alpha, dropped_row_loss=dropped_row_loss)
+    dropped_fake = dropped if dropped_fake is None else dropped_fake
+    (real_weight, _), (_, fake_weight) = (
+        dropped_row_weights(d, alpha=alpha, dropped_row_loss=dropped_row_loss) for d in (dropped, dropped_fake)
+    )
+    door.alike(r_fake=fake, dropped_fake=fake_weight)
     real = real_weight.astype(real.dtype) * real
     fake = fake_weight.astype(fake.dtype) * jnp.asarray(alpha, fake.dtype) * fake
     losses = {"loss_real": real, "loss_fake": fake}

@@ -26,6 +26,7 @@ and small after it, and why `pair_objective` takes the draws as an argument.
 Reference: Zheng et al. 2025, "Direct Discriminative Optimization", arXiv 2503.01103.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -283,11 +284,12 @@ def summarize(stats: Stats) -> dict[str, Any]:
 
 
 class Pair(NamedTuple):
-    """B real and B fake examples, and the draws that row i of both shares.
+    """B real and F fake examples, and the draws that row i of both shares; mostly F = B.
 
     Attributes:
-      real, fake: pytrees of arrays [B, ...]. draws: all randomness of one evaluation, a pytree of [B, ...].
-      s_ref: what the reference said, a pytree of [B, 2, ...] (columns real, fake), where that is known; else None.
+      real, fake: pytrees of arrays [B, ...] and [F, ...]. draws: all randomness of one evaluation, a pytree of
+        [max(B, F), ...]: real example i and fake i have row i.
+      s_ref: what the reference said, (of real, of fake), where that is known; else None.
     """
 
     real: Any
@@ -295,22 +297,60 @@ class Pair(NamedTuple):
     draws: Any
     s_ref: Any = None
 
+    def sizes(self) -> tuple[int, int]:
+        """(B, F)."""
+        real, fake = (jax.tree.leaves(x)[0].shape[0] for x in (self.real, self.fake))
+        return real, fake
+
+    def draws_of_each(self) -> tuple[Any, Any]:
+        """(of real, of fake)."""
+        real, fake = (jax.tree.map(lambda x, n=n: x[:n], self.draws) for n in self.sizes())
+        return real, fake
+
 
 def interleave(real: Any, fake: Any) -> Any:
     """Rows real_0, fake_0, real_1, ...: one forward pass for both, and no row changes its device.
 
     Args:
-      real, fake: pytrees of arrays [B, ...] of one structure.
+      real, fake: pytrees of one structure, of arrays [B, ...] and [F, ...]. Of unequal numbers B : F = b : f, b real
+        rows are followed by f fake ones.
 
     Returns:
-      The same pytree of [2B, ...].
+      The same pytree of [B + F, ...]; `apart` takes it apart.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> print(interleave(jnp.array([1, 2]), jnp.array([-1, -2])))
-      [ 1 -1  2 -2]
+      >>> print(interleave(jnp.array([1, 2]), jnp.array([-1, -2])), interleave(jnp.arange(4), jnp.array([-1, -2])))
+      [ 1 -1  2 -2] [ 0  1 -1  2  3 -2]
     """
-    return jax.tree.map(lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:]), real, fake)
+
+    def mixed(x: Any, y: Any) -> Any:
+        groups = math.gcd(len(x), len(y))
+        rows = jnp.concatenate([v.reshape(groups, -1, *v.shape[1:]) for v in (x, y)], axis=1)
+        return rows.reshape(-1, *x.shape[1:])
+
+    return jax.tree.map(mixed, real, fake)
+
+
+def apart(rows: Any, num_real: int, num_fake: int) -> tuple[Any, Any]:
+    """The inverse of `interleave`: (of real [B, ...], of fake [F, ...]).
+
+    Args:
+      rows: pytree of arrays [B + F, ...]. num_real, num_fake: B and F.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(*apart(jnp.array([0, 1, -1, 2, 3, -2]), 4, 2))
+      [0 1 2 3] [-1 -2]
+    """
+    groups = math.gcd(num_real, num_fake)
+    each = num_real // groups
+
+    def side(x: Any, part: slice) -> Any:
+        return x.reshape(groups, -1, *x.shape[1:])[:, part].reshape(-1, *x.shape[1:])
+
+    real, fake = (jax.tree.map(lambda x, p=p: side(x, p), rows) for p in (slice(each), slice(each, None)))
+    return real, fake
 
 
 def pair_objective(
@@ -324,13 +364,13 @@ def pair_objective(
     """The algorithm: a batch of pairs to loss and statistics, for any model.
 
         s = score(theta; x, draws),   s_ref = score(ref; x, draws),   r = ratio(s, s_ref; x, draws)
-        for x in real, fake with the same draws in row i;       loss(r_real, r_fake, s)
+        for x in real, fake with the same draws in row i;       loss(r_real, r_fake, (s_real, s_fake))
 
     Args:
-      score: `score(params, examples [2B,...], draws [2B,...]) -> s`, a pytree of [2B, ...]: a network's raw output F,
-        or the exact log p [2B]. Deterministic: all randomness comes in through draws.
-      ratio: `ratio(s, s_ref, examples, draws) -> r [2B]`, nats: `diffusion_log_ratio`, or the difference.
-      loss: `loss(r_real [B], r_fake [B], s) -> (scalar, stats)`: `ddo_loss` with its alpha and beta.
+      score: `score(params, examples [n,...], draws [n,...]) -> s`, a pytree of [n, ...]: a network's raw output F, or
+        the exact log p [n]. Deterministic: all randomness comes in through draws.
+      ratio: `ratio(s, s_ref, examples, draws) -> r [n]`, nats: `diffusion_log_ratio`, or the difference.
+      loss: `loss(r_real [B], r_fake [F], (s_real, s_fake)) -> (scalar, stats)`: `ddo_loss` with its alpha and beta.
       params: of the target, differentiated.
       ref_params: of the reference, under stop_gradient; not used with pair.s_ref.
       pair: see `Pair`. Real and fake rows go through the network in one pass.
@@ -350,14 +390,12 @@ def pair_objective(
 
     Reference: arXiv 2503.01103, section 3, algorithm 1.
     """
-    examples, draws = interleave(pair.real, pair.fake), interleave(pair.draws, pair.draws)
+    sizes = pair.sizes()
+    examples, draws = interleave(pair.real, pair.fake), interleave(*pair.draws_of_each())
     s = score(params, examples, draws)
-    if pair.s_ref is None:
-        s_ref = score(ref_params, examples, draws)
-    else:
-        s_ref = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), pair.s_ref)
-    r = _rows("ratio(...)", ratio(s, jax.lax.stop_gradient(s_ref), examples, draws)).reshape(-1, 2)
-    return loss(r[:, 0], r[:, 1], s)
+    s_ref = score(ref_params, examples, draws) if pair.s_ref is None else interleave(*pair.s_ref)
+    r = _rows("ratio(...)", ratio(s, jax.lax.stop_gradient(s_ref), examples, draws))
+    return loss(*apart(r, *sizes), apart(s, *sizes))
 
 
 def _rows(name: str, v: Any) -> Float[Array, "b"]:

@@ -4,9 +4,9 @@ import importlib
 from typing import Any
 
 from ddo_jax.errors import UserError, one_line
-from ddo_jax.families.base import Family, Guidance, Records, Spec
+from ddo_jax.families.base import Family, Guidance, Records, Side, Spec
 
-__all__ = ["FAMILIES", "KINDS", "Family", "Guidance", "Records", "Spec", "from_released", "get_family"]
+__all__ = ["FAMILIES", "KINDS", "Family", "Guidance", "Records", "Side", "Spec", "from_released", "get_family"]
 
 FAMILIES = {"edm": "ddo_jax.families.edm", "edm2": "ddo_jax.families.edm2", "var": "ddo_jax.families.var"}
 KINDS = {"edm": "edm", "mlp": "edm", "edm2": "edm2", "var": "var"}  # of files: {kind: family}

@@ -9,7 +9,7 @@ int32 class ids; id == K means "no label".
 import abc
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +127,19 @@ class Spec:
         return next((r.kind for r in self.data if r.shape == tuple(shape)), None)
 
 
+class Side(NamedTuple):
+    """The real or the fake examples of a batch, n of them, after both networks.
+
+    Attributes:
+      r: log-ratio [n], nats. s: the target's score, as `Family.score` gives it. label: int32 [n]. draws: see there.
+    """
+
+    r: jax.Array
+    s: PyTree
+    label: jax.Array
+    draws: Draws
+
+
 class Family(abc.ABC):
     """A likelihood-based generator."""
 
@@ -226,18 +239,12 @@ class Family(abc.ABC):
         """loss [B] of pretraining and control: as nll (or nll a token), but with dropout and augmentation as
         configured, drawn from key."""
 
-    def pair_loss(
-        self, objective: str, r: jax.Array, logp_real: jax.Array, labels: jax.Array, draws: Draws, alpha: Any, beta: Any
-    ) -> tuple[jax.Array, dict]:
-        """(loss, stats of `ddo.ddo_loss`) of r [B,2]; column 0 is real, 1 fake.
+    def pair_loss(self, objective: str, real: Side, fake: Side, alpha: Any, beta: Any) -> tuple[jax.Array, dict]:
+        """(loss, stats of `ddo.ddo_loss`) of a batch. objective: of `objectives`."""
+        return ddo.ddo_loss(real.r, fake.r, alpha=alpha, beta=beta)
 
-        logp_real [B] = -nll, for losses that train some rows by MLE; labels [B,2]. objective: of `objectives`.
-        """
-        return ddo.ddo_loss(r[:, 0], r[:, 1], alpha=alpha, beta=beta)
-
-    def pair_stats(self, s: Any, r: jax.Array, draws: Draws) -> dict:
-        """More to log of a batch of pairs: {name: (sum, count)}, of s (interleaved rows, as `score` gives it) and r
-        [B,2]; no gradient flows through."""
+    def pair_stats(self, real: Side, fake: Side) -> dict:
+        """More to log of a batch: {name: (sum, count)}; no gradient flows through."""
         return {}
 
     # -- samples ----------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from ddo_jax.families.base import (
     Guidance,
     PyTree,
     Records,
+    Side,
     Spec,
     own_settings,
 )
@@ -223,32 +224,30 @@ class VARFamily(Family):
     def nll(self, s: PyTree, examples: Examples, draws: Draws) -> jax.Array:
         return -s
 
-    def pair_loss(
-        self, objective: str, r: jax.Array, logp_real: jax.Array, labels: jax.Array, draws: Draws, alpha: Any, beta: Any
-    ) -> tuple[jax.Array, dict]:
-        dropped = draws["dropped"]
+    def pair_loss(self, objective: str, real: Side, fake: Side, alpha: Any, beta: Any) -> tuple[jax.Array, dict]:
+        dropped = real.draws["dropped"]
         if objective == "cca":
-            positive = dropped | (labels[:, 0] == labels[:, 1])
-            return ar.cca_loss(r[:, 0], r[:, 1], positive, lam=alpha, beta=beta)
+            return ar.cca_loss(real.r, fake.r, dropped | (real.label == fake.label), lam=alpha, beta=beta)
         return ar.var_ddo_loss(
-            r[:, 0],
-            r[:, 1],
-            -logp_real / self.module.length,
+            real.r,
+            fake.r,
+            -real.s / self.module.length,
             dropped,
+            dropped_fake=fake.draws["dropped"],
             alpha=alpha,
             beta=beta,
             dropped_row_loss=self.dropped_row_loss,
         )
 
-    def pair_stats(self, s: Any, r: jax.Array, draws: Draws) -> dict:
+    def pair_stats(self, real: Side, fake: Side) -> dict:
         """Gaps of the rows without label, which are scored as the unconditional model; cross-entropies of target and
         reference in nats a token."""
-        dropped, logp = draws["dropped"].astype(jnp.float32), s.reshape(-1, 2)
-        stats, rows = {}, jnp.asarray(len(r), jnp.float32)
-        for column, side in enumerate(("real", "fake")):
-            stats[f"r_{side}_dropped"] = (jnp.sum(dropped * r[:, column]), jnp.sum(dropped))
-            for name, values in (("ce", logp[:, column]), ("ce_ref", logp[:, column] - r[:, column])):
-                stats[f"{name}_{side}"] = (-jnp.sum(values) / self.module.length, rows)
+        stats = {}
+        for name, side in (("real", real), ("fake", fake)):
+            dropped, rows = side.draws["dropped"].astype(jnp.float32), jnp.asarray(len(side.r), jnp.float32)
+            stats[f"r_{name}_dropped"] = (jnp.sum(dropped * side.r), jnp.sum(dropped))
+            for kind, logp in (("ce", side.s), ("ce_ref", side.s - side.r)):
+                stats[f"{kind}_{name}"] = (-jnp.sum(logp) / self.module.length, rows)
         return stats
 
     def mle_loss(self, params: PyTree, frozen: PyTree, examples: Examples, draws: Draws, key: jax.Array) -> jax.Array:

@@ -200,7 +200,9 @@ def _round(config, examples: int) -> str:
     """A round in a line."""
     c, method, grid = config.ddo, configs.method_of(config), costs.candidates(config, "ddo")
     fakes = {"mle": "", "neon": " fakes", "cca": f" + {c.batch} (the same under wrong labels)"}
-    beside = fakes.get(method, f" + {c.batch}" + " (made by the reference as training goes)" * (not c.pool))
+    beside = fakes.get(
+        method, f" + {configs.fakes_of_a_step(c)}" + " (made by the reference as training goes)" * (not c.pool)
+    )
     made = f"{c.pool} fakes, then " if c.pool and configs.samples_fakes(config) else ""
     line = len(config.neon.w) if method == "neon" else len(c.line)
     then = f", {line} points of a line" if line else ""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from ddo_jax import config as configs
 from ddo_jax import sharding
 from ddo_jax.core.ddo import Pair
 from ddo_jax.run import state, step
@@ -76,7 +77,9 @@ def workspace_bytes(family, c, objective: str, params, frozen, devices: int) -> 
 
     Weights and gradients are taken to be whole on every device: under fsdp they are gathered, layer by layer.
     """
-    rows = max(1, c.batch // (devices * c.accumulation)) * c.accumulation
+    rows, fakes = (
+        max(1, n // (devices * c.accumulation)) * c.accumulation for n in (c.batch, configs.fakes_of_a_step(c))
+    )
     hyper = step.Hyper(1.0, 1.0, 1.0, (0.0, 1.0))
 
     def ddo(params, ref, frozen, real, fake, key):
@@ -86,8 +89,8 @@ def workspace_bytes(family, c, objective: str, params, frozen, devices: int) -> 
             return step.pair_objective(family, objective, p, inputs, part)
 
         real, fake = (family.encode(frozen, r, key) for r in (real, fake))
-        said = jnp.zeros((rows, 2)) if family.spec.exact else None  # asked outside the step
-        batch = Pair(real, fake, family.pair_draw(key, rows, hyper.sigma_law), said)
+        said = (jnp.zeros((rows,)), jnp.zeros((fakes,))) if family.spec.exact else None  # asked outside the step
+        batch = Pair(real, fake, family.pair_draw(key, max(rows, fakes), hyper.sigma_law), said)
         return step.accumulated(loss, family.project(params, objective), batch, c.accumulation)
 
     def mle(params, ref, frozen, real, fake, key):
@@ -97,10 +100,10 @@ def workspace_bytes(family, c, objective: str, params, frozen, devices: int) -> 
         batch = family.augment(family.encode(frozen, real, key), key), family.draw(key, rows, hyper.sigma_law)
         return step.accumulated(loss, family.project(params, objective), batch, c.accumulation)
 
-    images = record(family, rows)
+    real, fake = record(family, rows), record(family, fakes)
     key = jax.eval_shape(lambda: jax.random.key(0))
     gradients = mle if objective == "mle" else ddo
-    program = jax.make_jaxpr(gradients)(params, params, frozen, images, images, key)
+    program = jax.make_jaxpr(gradients)(params, params, frozen, real, fake, key)
     return peak_bytes(program.jaxpr)
 
 

@@ -146,7 +146,7 @@ class Report:
       config: of the run. scores: {"start" | "ddo" | "control" | HELD_OUT | AMONG | one of them under other settings}.
       rounds: in order. curves: of every candidate. ratios: at every round's best. grids: {system: images}, same seeds.
       notes: sentences on the run that a reader must know beside its numbers. lines: of line searches.
-      visited: the (alpha, beta) that were tried. searched, signal, cost: of the searches for beta, of each round's first
+      visited: the (alpha, beta) that were tried. searched, signal, cost: of searches for beta, of each round's first
         gradients, of the whole; as rows of a table. shares: sentences on the cost.
     """
 

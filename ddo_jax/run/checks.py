@@ -187,7 +187,7 @@ def _check_steps_and_seeds(config, examples: int) -> None:
     if config.control.enabled:
         allowed = f"at most {configs.MOST_STEPS:,} steps in all"
         configs.require(steps <= configs.MOST_STEPS, "control.factor", config.control.factor, allowed)
-    fakes = (c.pool or each_round * c.batch) if configs.samples_fakes(config) else 0
+    fakes = (c.pool or each_round * configs.fakes_of_a_step(c)) if configs.samples_fakes(config) else 0
     for key, each, times, purpose in (
         ("eval.num", e.num, e.report_seeds, "report"),
         ("eval.select_num", e.select_num or e.num, max(rounds, 1), "select"),

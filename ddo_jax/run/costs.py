@@ -116,24 +116,26 @@ def together(config, section: str) -> int:
 def passes(config, section: str) -> float:
     """Forward passes that a real image costs in training, and what it brings along (see `work`)."""
     pairs = section == "ddo" and configs.method_of(config) in ("ddo", "cca")
-    shared = 2 - 2 / together(config, section) if pairs else 0
-    return PASSES["ddo" if pairs else "control"] + config.remat * (2 if pairs else 1) - shared
+    if not pairs:
+        return PASSES["control"] + config.remat
+    each = (PASSES["ddo"] - 2) / 2 + config.remat + 1 / together(config, section)
+    return each * (1 + configs.fakes_of_a_step(config.ddo) / config.ddo.batch)
 
 
 def fakes(config, examples: int) -> int:
     """Images that the reference of one round samples to train on."""
     if not (configs.samples_fakes(config) and config.ddo.rounds):
         return 0
-    return config.ddo.pool or total(config, "ddo", examples) * config.ddo.batch
+    return config.ddo.pool or total(config, "ddo", examples) * configs.fakes_of_a_step(config.ddo)
 
 
 def work(config, examples: int) -> list[Work]:
     """The parts of a run in order; a round once.
 
-    A backward pass costs two forward passes. DDO trains on a real image and a fake with the target, and evaluates
-    the reference on both: 2 (1 + 2) + 2 = 8; MLE (and Neon) takes 3; with remat every trained image takes one more.
-    What the reference said of tokens is kept: examples that return cost 6. Candidates side by side (ddo.together) share
-    the reference's two. Tokenising is not in it.
+    A backward pass costs two forward passes. DDO trains on a real image and a fake with the target, and evaluates the
+    reference on both: 2 (1 + 2) + 2 = 8, with fewer fakes (ddo.fake_ratio) in proportion; MLE (and Neon) takes 3; with
+    remat every trained image takes one more. What the reference said of tokens is kept: examples that return cost 6.
+    Candidates side by side (ddo.together) share the reference's two. Tokenising is not in it.
     """
     parts = []
     for section in PASSES:

@@ -47,7 +47,7 @@ def online(mesh, sample: Callable, batch: int, steps: int, index: int, keep: boo
     """Made by the reference for the labels of the step's data; an image depends on (round, step, row) and label.
 
     Args:
-      sample: (seeds, labels) -> iterator of records on the host. batch: real images a step. steps: of a round.
+      sample: (seeds, labels) -> iterator of records on the host. batch: fakes a step. steps: of a round.
       index: of the round, from 0. keep: for the other candidates of the round, which see the same fakes.
     """
     made: dict[int, dict] = {}
@@ -58,7 +58,8 @@ def online(mesh, sample: Callable, batch: int, steps: int, index: int, keep: boo
             whole = made.get(k)
             if whole is None:
                 seeds = seeds_at("pool", index, steps * batch, rows)
-                parts = list(sample(seeds, sharding.to_host(real["label"])))
+                labels = np.resize(sharding.to_host(real["label"]), batch)
+                parts = list(sample(seeds, labels))
                 whole = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
                 if keep and steps * sum(v.nbytes for v in whole.values()) <= KEEP_BYTES:
                     made[k] = whole

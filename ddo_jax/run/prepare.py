@@ -151,7 +151,9 @@ def _fakes(config, checked: checks.Checked, images: Callable) -> Callable:
     if family.spec.works_on_pixels:
         return images
     how = family.fake_settings(checked.settings)
-    batch = batch if config.ddo.pool else min(batch, config.ddo.batch)  # a step's fakes are not padded
+    batch = (
+        batch if config.ddo.pool else min(batch, configs.fakes_of_a_step(config.ddo))
+    )  # a step's fakes are not padded
     return jobs.reporting(make_sampler(family, how, checked.mesh, batch, output="records"))
 
 

@@ -23,7 +23,7 @@ class Programs(NamedTuple):
     """Compiled once a run.
 
     Attributes:
-      versions: (key, first, sigma_law) -> int32 [STEPS, B] of the steps from `first` on.
+      versions: (key, first, sigma_law) -> int32 [STEPS, max(B, F)] of the steps from `first` on.
       fill: (said [B], positions [block], ref, frozen, record, (key, k, sigma_law)) -> said with the scores there.
       block: rows asked together.
     """
@@ -37,7 +37,7 @@ def programs(family, c, mesh) -> Programs:
     """Of the config's section "ddo", on a mesh."""
 
     def draws(key, k, sigma_law):
-        return family.pair_draw(step.step_keys(key, k)[2], c.batch, sigma_law)
+        return family.pair_draw(step.step_keys(key, k)[2], step.drawn_rows(c), sigma_law)
 
     @jax.jit
     def versions(key, first, sigma_law):  # a loop: under vmap some generators of keys draw other numbers
@@ -87,19 +87,19 @@ class ReferenceScores:
         self._first, self._versions = None, None
 
     def __call__(self, k: int, records: dict, rows: dict):
-        """s_ref [B,2] of step k, on the devices: columns "real" and "fake".
+        """s_ref of step k, on the devices: ([B] of real, [F] of fake).
 
         Args:
           records: {"real", "fake"} on the devices. rows: their positions in their sources, int [B], or None.
         """
-        return jnp.stack([self._ask(k, name, records[name], rows[name]) for name in ("real", "fake")], axis=1)
+        return tuple(self._ask(k, name, records[name], rows[name]) for name in ("real", "fake"))
 
     def _ask(self, k: int, name: str, record, rows):
         kept = None if rows is None else self.kept.get(name)
         if kept is None:
             known = np.full(len(record["label"]), np.nan, np.float32)
         else:
-            versions = self._versions_of(k)
+            versions = self._versions_of(k)[: len(rows)]
             known = kept.find(rows, versions)
         unknown = np.flatnonzero(np.isnan(known))
         said = sharding.put_batch(self.mesh, known[sharding.own_rows(len(known))])

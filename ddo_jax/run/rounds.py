@@ -218,16 +218,17 @@ def partners(setup: Setup, ref, index: int, pool, keep: bool) -> loop.Partners:
     """What a phase needs beside data in round `index`; keep: there are several candidates."""
     config = setup.config
     steps = configs.steps(config.ddo.length, config.ddo.batch, len(setup.data), "ddo.length")
+    number = configs.fakes_of_a_step(config.ddo)
     if configs.method_of(config) == "cca":
         made = fakes.wrong_labels
     elif config.ddo.pool:
-        made = fakes.from_pool(setup.mesh, pool, config.ddo.batch, config.seed + 1000 * (index + 1) + 1)
+        made = fakes.from_pool(setup.mesh, pool, number, config.seed + 1000 * (index + 1) + 1)
     else:
         sample = functools.partial(setup.programs.fakes, ref, setup.frozen)
-        made = fakes.online(setup.mesh, sample, config.ddo.batch, steps, index, keep)
+        made = fakes.online(setup.mesh, sample, number, steps, index, keep)
     if setup.programs.asks is None:
         return loop.Partners(ref, made)
-    fake = reference_scores.Kept(config.ddo.pool or steps * config.ddo.batch)
+    fake = reference_scores.Kept(config.ddo.pool or steps * number)
     return loop.Partners(ref, made, {"real": reference_scores.Kept(len(setup.training_data)), "fake": fake})
 
 

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ddo_jax import config as configs
 from ddo_jax import sharding
 from ddo_jax.core import ddo, ema, phema, schedules
-from ddo_jax.families import Family
+from ddo_jax.families import Family, Side
 from ddo_jax.run.state import averages, named_averages, new_state, optimizer
 
 
@@ -54,7 +55,7 @@ class Inputs(NamedTuple):
     Attributes:
       frozen: the network's buffers. real, fake: records (images, labels); fake is None for "mle".
       key: of the phase's steps. hyper: see there.
-      ref: the reference's parameters, or None: s_ref [B,2,...] is what it said of the pairs at this step's draws
+      ref: the reference's parameters, or None: s_ref, (of real, of fake), is what it said at this step's draws
         (`reference_scores.ReferenceScores`, `make_reference`), in their place.
     """
 
@@ -84,9 +85,10 @@ def measured(x) -> tuple:
     return jnp.sum(x.astype(jnp.float32)), jnp.asarray(x.size, jnp.float32)
 
 
-def paired(r) -> tuple:
-    """How often the real example of a pair has the larger r, of r [B,2] (columns real, fake); a tie is one half."""
-    return measured(0.5 + 0.5 * jnp.sign(jax.lax.stop_gradient(r[:, 0] - r[:, 1])))
+def paired(r_real, r_fake) -> tuple:
+    """How often the real example of a pair has the larger r; a tie is one half. Who has no partner is left out."""
+    n = min(len(r_real), len(r_fake))
+    return measured(0.5 + 0.5 * jnp.sign(r_real[:n] - r_fake[:n]))
 
 
 def pair_objective(family: Family, objective: str, params, inputs: Inputs, pair: ddo.Pair):
@@ -95,16 +97,16 @@ def pair_objective(family: Family, objective: str, params, inputs: Inputs, pair:
     Args:
       objective: "ddo" or "cca". inputs: frozen, hyper and ref are read. pair: of encoded examples.
     """
-    labels = jnp.stack([pair.real["label"], pair.fake["label"]], axis=1)
-    hyper = inputs.hyper
+    draws, hyper = pair.draws_of_each(), inputs.hyper
 
     def loss(r_real, r_fake, s):
-        s_real = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:])[:, 0], s)  # of interleaved rows
-        nll = family.nll(s_real, pair.real, pair.draws)
-        r = jnp.stack([r_real, r_fake], axis=1)
-        value, stats = family.pair_loss(objective, r, -nll, labels, pair.draws, hyper.alpha, hyper.beta)
-        own = family.pair_stats(*jax.lax.stop_gradient((s, r)), pair.draws)
-        return value, {**stats, **own, "nll_real": measured(jax.lax.stop_gradient(nll)), "paired_accuracy": paired(r)}
+        real = Side(r_real, s[0], pair.real["label"], draws[0])
+        fake = Side(r_fake, s[1], pair.fake["label"], draws[1])
+        value, stats = family.pair_loss(objective, real, fake, hyper.alpha, hyper.beta)
+        real, fake = jax.lax.stop_gradient((real, fake))
+        nll = measured(family.nll(real.s, jax.lax.stop_gradient(pair.real), real.draws))
+        own = {"nll_real": nll, "paired_accuracy": paired(real.r, fake.r), **family.pair_stats(real, fake)}
+        return value, {**stats, **own}
 
     def score(params, examples, draws):
         return family.score(params, inputs.frozen, examples, draws)
@@ -181,8 +183,8 @@ def zero_totals(family: Family, objective: str) -> dict:
     stats = {"grad_norm": measured(one)}
     if objective != "mle":
         stats |= {**ddo.ddo_loss(one, one, alpha=1.0, beta=1.0)[1], "nll_real": measured(one)}
-        draws = family.pair_draw(jax.random.key(0), 1, (0.0, 1.0))
-        stats |= {"paired_accuracy": measured(one), **family.pair_stats(jnp.zeros(2), jnp.zeros((1, 2)), draws)}
+        side = Side(one, one, jnp.zeros((1,), jnp.int32), family.pair_draw(jax.random.key(0), 1, (0.0, 1.0)))
+        stats |= {"paired_accuracy": measured(one), **family.pair_stats(side, side)}
     else:
         stats |= {"loss_mle": measured(one)}
     return jax.tree.map(jnp.zeros_like, stats)
@@ -198,9 +200,8 @@ def gradients(training: Training, params, inputs: Inputs, keys):
     family, c = training.family, training.config
     key_real, key_fake, key_draw, key_loss, key_augment = keys
     real = family.encode(inputs.frozen, inputs.real, key_real)
-    draw = family.draw if training.objective == "mle" else family.pair_draw
-    draws = draw(key_draw, c.batch, inputs.hyper.sigma_law)
     if training.objective != "mle":
+        draws = family.pair_draw(key_draw, drawn_rows(c), inputs.hyper.sigma_law)
 
         def pairs(params, pair, j):
             return pair_objective(family, training.objective, params, inputs, pair)
@@ -211,7 +212,13 @@ def gradients(training: Training, params, inputs: Inputs, keys):
     def loss(params, rows, j):
         return mle_objective(family, params, inputs.frozen, rows, jax.random.fold_in(key_loss, j))
 
+    draws = family.draw(key_draw, c.batch, inputs.hyper.sigma_law)
     return accumulated(loss, params, (family.augment(real, key_augment), draws), c.accumulation)
+
+
+def drawn_rows(c) -> int:
+    """Of a step's draws: real example i and fake i share row i."""
+    return max(c.batch, configs.fakes_of_a_step(c))
 
 
 def make_step(training: Training):
@@ -249,26 +256,25 @@ def step_factory(config, family: Family, mesh):
 
 
 def make_reference(family: Family, c, mesh):
-    """Jitted (ref, frozen, real, fake, (key, k, sigma_law)) -> s_ref [B,2,...] of step k, which several candidates
-    share; in as many parts as a step, one after the other in memory."""
+    """Jitted (ref, frozen, real, fake, (key, k, sigma_law)) -> s_ref, (of real, of fake), of step k, which several
+    candidates share; in as many parts as a step, one after the other in memory."""
 
     @functools.partial(jax.jit, compiler_options=family.compiler_options or None)
     def refer(ref, frozen, real, fake, at):
         key, k, sigma_law = at
         key_real, key_fake, key_draw, *_ = step_keys(key, k)
-        draws = family.pair_draw(key_draw, c.batch, sigma_law)
-        rows = family.encode(frozen, real, key_real), family.encode(frozen, fake, key_fake), draws
+        draws = family.pair_draw(key_draw, drawn_rows(c), sigma_law)
+        whole = ddo.Pair(family.encode(frozen, real, key_real), family.encode(frozen, fake, key_fake), draws)
 
-        def score(part):
-            real, fake, draws = part
-            s = family.score(ref, frozen, ddo.interleave(real, fake), ddo.interleave(draws, draws))
-            return jax.tree.map(lambda v: v.reshape(-1, 2, *v.shape[1:]), s)
+        def score(pair):
+            rows = ddo.interleave(pair.real, pair.fake), ddo.interleave(*pair.draws_of_each())
+            return ddo.apart(family.score(ref, frozen, *rows), *pair.sizes())
 
         with sharding.rows_over(mesh):
             if c.accumulation == 1:
-                return score(rows)
-            said = jax.lax.map(score, jax.tree.map(lambda x: micro_batches(x, c.accumulation), rows))
-            return jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1).reshape(c.batch, *v.shape[2:]), said)
+                return score(whole)
+            said = jax.lax.map(score, jax.tree.map(lambda x: micro_batches(x, c.accumulation), whole))
+            return jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1).reshape(-1, *v.shape[2:]), said)
 
     return refer
 

@@ -16,7 +16,7 @@ from ddo_jax import convert, sharding
 from ddo_jax.convert import safetensors
 from ddo_jax.core.ddo import Pair
 from ddo_jax.errors import UserError
-from ddo_jax.families import Family, from_released, get_family
+from ddo_jax.families import Family, Side, from_released, get_family
 from ddo_jax.generate.sampler import make_sampler
 from ddo_jax.run import step
 from ddo_jax.run.checks import check_network
@@ -169,12 +169,10 @@ def test_losses_have_gradients(case):
 
     def total(params):
         s = family.score(params, case.frozen, examples, draws)
-        r = jnp.stack([family.ratio(s, jax.lax.stop_gradient(s), examples, draws)] * 2, 1)
-        labels = jnp.stack([examples["label"]] * 2, 1)
+        side = Side(family.ratio(s, jax.lax.stop_gradient(s), examples, draws), s, examples["label"], draws)
         losses = {"mle": family.mle_loss(params, case.frozen, examples, draws, jax.random.key(0)).mean()}
         for objective in set(family.objectives) - {"mle"}:
-            args = (objective, r, -family.nll(s, examples, draws), labels, draws)
-            losses[objective] = family.pair_loss(*args, 4.0, 0.1)[0]
+            losses[objective] = family.pair_loss(objective, side, side, 4.0, 0.1)[0]
         return sum(losses.values()), losses
 
     gradient, losses = jax.jit(jax.grad(total, has_aux=True))(case.params)

@@ -16,7 +16,7 @@ from ddo_jax.convert import safetensors, vqvae
 from ddo_jax.convert.read import Released
 from ddo_jax.core.ddo import Pair
 from ddo_jax.errors import UserError
-from ddo_jax.families import from_released, get_family
+from ddo_jax.families import Side, from_released, get_family
 from ddo_jax.families.var import released_arguments
 from ddo_jax.models.vqvae import KEYS, from_config
 from ddo_jax.run import step
@@ -136,7 +136,7 @@ def graded(golden):
     def run(variant, dropped, alpha, beta, asked_before=True):
         s_ref = None
         if asked_before:
-            s_ref = jnp.stack([score(ref, frozen, rows, {"dropped": dropped}) for rows in (real, fake)], 1)
+            s_ref = tuple(score(ref, frozen, rows, {"dropped": dropped}) for rows in (real, fake))
         return program(variant)(params, s_ref, dropped, alpha, beta)
 
     return run
@@ -263,7 +263,8 @@ def test_pair_statistics(vae):
     """Breaks if gaps of dropped rows mix with the others', or the reference's cross-entropy is not logp - r."""
     family = get_family(config(vae))
     logp, r = jnp.array([[-21.0, -42.0], [-63.0, -84.0]]), jnp.array([[2.0, -1.0], [4.0, -3.0]])
-    stats = family.pair_stats(logp.reshape(-1), r, {"dropped": jnp.array([False, True])})
+    draws = {"dropped": jnp.array([False, True])}
+    stats = family.pair_stats(*(Side(r[:, i], logp[:, i], jnp.zeros(2, jnp.int32), draws) for i in (0, 1)))
     means = {k: float(total / count) for k, (total, count) in stats.items()}
     n = family.spec.stored.shape[0]
     expected = {"r_real_dropped": 4.0, "r_fake_dropped": -3.0, "ce_real": 42 / n, "ce_fake": 63 / n}
@@ -311,9 +312,10 @@ def test_dropped_labels(small):
 def test_cca_counts_neighbours_of_one_class_as_positive(small):
     """Breaks if a wrong label that happens to be right is pushed away."""
     family = small[0]
-    r, draws = jnp.array([[1.0, 2.0], [1.0, 2.0]]), {"dropped": jnp.array([False, False])}
-    labels = jnp.array([[3, 3], [3, 4]])
-    loss, stats = family.pair_loss("cca", r, r[:, 0], labels, draws, 10.0, 0.5)
+    draws = {"dropped": jnp.array([False, False])}
+    matched = Side(jnp.full(2, 1.0), jnp.zeros(2), jnp.array([3, 3]), draws)
+    rolled = Side(jnp.full(2, 2.0), jnp.zeros(2), jnp.array([3, 4]), draws)
+    loss, stats = family.pair_loss("cca", matched, rolled, 10.0, 0.5)
     fakes = [np.log1p(np.exp(-1.0)), 10 * np.log1p(np.exp(1.0))]
     expected = (np.log1p(np.exp(-0.5)) + np.mean(fakes)) / 10
     np.testing.assert_allclose(loss, expected, rtol=1e-5)

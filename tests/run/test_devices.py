@@ -144,7 +144,7 @@ def everything(devices, fsdp):
         real = tokens(whole, sharding.put_batch(mesh, record))
         fake, own = pair(k, real)
         s_ref = asks(k, {"real": real, "fake": fake}, {"real": rows, "fake": own})
-        seen += [real["image"], fake["image"], s_ref]
+        seen += [real["image"], fake["image"], jax.numpy.stack(s_ref)]
         arguments = (current, totals, step.Inputs(whole, real, fake, key, hyper, s_ref=s_ref))
         if k == 0:
             kept_over_devices = advance.lower(*arguments).as_text().count("sharding_constraint")

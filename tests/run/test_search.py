@@ -10,7 +10,7 @@ from ddo_jax import files
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate.records import read_round
 from ddo_jax.plan import dry_run
-from ddo_jax.run import checks, loop, main_job, search
+from ddo_jax.run import checks, costs, loop, main_job, search
 from ddo_jax.store.checkpoint import restore_ema
 from tests.harness import micro_config
 
@@ -131,6 +131,20 @@ def test_side_by_side_is_one_after_the_other(tmp_path, fitted):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found[1][0][1], found[2][0][1])
 
 
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+def test_another_number_of_fakes(tmp_path, fitted, ratio):
+    """Breaks if fakes and their draws are not those of their rows where the reference is asked outside the step."""
+    found = []
+    for together in (1, 2):
+        changes = dict(beta=(0.1, 0.2), fake_ratio=ratio, accumulation=2, together=together)
+        config, workdir = searching(tmp_path / str(together), fitted, search="grid", **changes)
+        config.ddo.length.steps = 2
+        main_job.run(config, workdir)
+        log = [line for line in files.read_jsonl(workdir / "rounds/001/a4_b0.1/metrics.jsonl") if "ddo/margin" in line]
+        found.append([log[-1][key] for key in ("loss/real", "loss/fake", "ddo/r_real_std", "ddo/r_fake_std")])
+    np.testing.assert_allclose(*found, rtol=1e-4)
+
+
 def test_candidates_at_different_steps_continue_together(tmp_path, fitted, monkeypatch):
     """Breaks if a job that was killed between two candidates' checkpoints ends in other parameters."""
     config, whole = searching(tmp_path / "whole", fitted, search="grid", beta=(0.05, 0.2), together=2)
@@ -209,6 +223,9 @@ def test_a_grid_is_not_used(tmp_path, fitted, capsys):
     [
         ({"ddo.search": "random"}, "config.ddo.search: 'random'; allowed: fixed, grid, auto"),
         ({"ddo.search": "fixed"}, "config.ddo.beta: (0.1, 0.2); allowed: one value: ddo.search is 'fixed'"),
+        ({"ddo.fake_ratio": 0.3}, "config.ddo.fake_ratio: 0.3; allowed: such that 16 times it is a whole number"),
+        ({"ddo.fake_ratio": 0.25, "ddo.accumulation": 8}, "such that 4 fakes are a multiple of ddo.accumulation"),
+        ({"ddo.fake_ratio": 0.5, "method": "cca"}, "config.ddo.fake_ratio: 0.5; allowed: 1 with method 'cca'"),
         ({"ddo.together": 0}, "config.ddo.together: 0; allowed: at least 1"),
         (
             {"ddo.search": "auto", "method": "mle", "ddo.beta": (0.1,)},
@@ -239,4 +256,8 @@ def test_plan_of_a_search(micro, tmp_path):
     assert row[2] == str((3 * 2 + 12) * 16) and row[4] == str(48 * (1 + 3 * 2 + 12))
     micro.ddo.update(search="grid", together=1)
     alone = dry_run.plan(micro, str(tmp_path))
-    assert "2 candidates of 12 steps" in alone and "side by side" not in alone
+    assert "2 candidates of 12 steps of 16 + 16 images" in alone and "side by side" not in alone
+    micro.ddo.fake_ratio = 0.5
+    fewer = dry_run.plan(micro, str(tmp_path))
+    assert "12 steps of 16 + 8 images" in fewer
+    assert costs.passes(micro, "ddo") == 6

@@ -150,3 +150,27 @@ def test_learning_rate_of_every_schedule(setup):
         at = [step.learning_rate(c, seen, lr=1.0, warmup=10.0, total=400.0) for seen in (0.0, 5.0, 400.0)]
         found[schedule] = [round(float(x), 3) for x in at]
     assert found == {"constant": [0, 0.5, 1], "cosine": [0, 0.5, 0.1], "inverse_sqrt": [0, 0.5, 0.5]}
+
+
+@pytest.mark.parametrize("num_real, num_fake", [(6, 6), (8, 2), (2, 8), (6, 4), (3, 5)])
+def test_sides_of_unequal_size(num_real, num_fake):
+    """Breaks if fewer or more fakes mix up rows, or an example does not have the draws of its own number."""
+    real, fake = jnp.arange(num_real), 100 + jnp.arange(num_fake)
+    both = ddo.interleave({"x": real}, {"x": fake})["x"]
+    assert sorted(both.tolist()) == [*range(num_real), *range(100, 100 + num_fake)]
+    for a, b in zip(ddo.apart(both, num_real, num_fake), (real, fake), strict=True):
+        np.testing.assert_array_equal(a, b)
+    draws = jnp.arange(max(num_real, num_fake)) * 1000.0
+    seen = {}
+
+    def loss(r_real, r_fake, s):
+        seen.update(real=r_real, fake=r_fake, s=s)
+        return jnp.mean(r_real) + jnp.mean(r_fake), {}
+
+    pair = ddo.Pair(real.astype(jnp.float32), fake.astype(jnp.float32), draws)
+    ddo.pair_objective(lambda p, x, d: p * x + d, lambda s, s_ref, x, d: s - s_ref, loss, 2.0, 0.0, pair)
+    np.testing.assert_array_equal(seen["real"], 2.0 * real)
+    np.testing.assert_array_equal(seen["s"][1], 2.0 * fake + 1000.0 * jnp.arange(num_fake))
+    known = pair._replace(s_ref=(jnp.zeros(num_real), jnp.zeros(num_fake)))
+    ddo.pair_objective(lambda p, x, d: p * x, lambda s, s_ref, x, d: s - s_ref, loss, 2.0, 0.0, known)
+    np.testing.assert_array_equal(seen["fake"], 2.0 * fake)
