@@ -85,44 +85,11 @@ def around(beta: float, factor: float = 2.0) -> tuple[float, float, float]:
     return rounded(beta * factor), rounded(beta), rounded(beta / factor)
 
 
-def beyond(scores: Mapping[float, float], factor: float = 2.0) -> float | None:
-    """The next value to try: past the edge where the best of those tried so far lies; None if it lies inside.
-
-    Args:
-      scores: {beta: score, lower is better}; not finite: it failed.
-
-    Example:
-      >>> beyond({0.2: 9.0, 0.1: 8.0, 0.05: 7.5}), beyond({0.2: 9.0, 0.1: 8.0, 0.05: 8.5})
-      (0.025, None)
-    """
-    good = {beta: score for beta, score in scores.items() if math.isfinite(score)}
-    if not good:
-        return rounded(max(scores) * factor)  # too small a beta fails, too large a one does not
-    best = min(good, key=good.__getitem__)
-    if best == min(scores):
-        return rounded(best / factor)
-    return rounded(best * factor) if best == max(scores) else None
-
-
 class Scored(NamedTuple):
     """A candidate's score (lower is better) and its influence by block of images; empty: there are no intervals."""
 
     score: float
     influence: Sequence[float] = ()
-
-
-class Verdict(NamedTuple):
-    """Whether a candidate goes on.
-
-    Attributes:
-      goes_on: or stops. behind: its score less the best one. within: half of the 95 % interval of that; None: unknown.
-      why: in words.
-    """
-
-    goes_on: bool
-    behind: float
-    within: float | None
-    why: str
 
 
 def half_interval(a: Sequence[float], b: Sequence[float]) -> float | None:
@@ -147,12 +114,56 @@ def half_interval(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 
 def _student(degrees: int, z: float = 1.959964) -> float:
-    """The 97.5 % quantile of Student's t, by its expansion in the normal one: within 0.1 % from 8 degrees on.
+    """The 97.5 % quantile of Student's t, by its expansion in the normal one: within 0.3 % from 8 degrees on.
 
     >>> round(_student(63), 3), round(_student(10), 3)
-    (1.998, 2.228)
+    (1.998, 2.225)
     """
     return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+
+
+def beyond(candidates: Mapping[float, Scored], factor: float = 2.0) -> float | None:
+    """The next value to try: past the edge where the best of those tried so far lies; None if it lies inside.
+
+    A larger beta only slows a round down: past the upper edge one goes only if the best is better than the next by more
+    than the 95 % interval, or candidates failed, which too small a beta does.
+
+    Args:
+      candidates: {beta: score}; not finite: it failed.
+
+    Example:
+      >>> beyond({0.2: Scored(9.0), 0.1: Scored(8.0), 0.05: Scored(7.5)})
+      0.025
+      >>> beyond({0.2: Scored(9.0), 0.1: Scored(8.0), 0.05: Scored(8.5)})
+    """
+    good = {beta: c for beta, c in candidates.items() if math.isfinite(c.score)}
+    if not good:
+        return rounded(max(candidates) * factor)
+    best = min(good, key=lambda beta: good[beta].score)
+    if best == min(candidates):
+        return rounded(best / factor)
+    if best < max(candidates):
+        return None
+    if len(good) == 1:
+        return rounded(best * factor)
+    after = max(beta for beta in good if beta != best)
+    within = half_interval(good[after].influence, good[best].influence)
+    plain = within is not None and good[after].score - good[best].score > within
+    return rounded(best * factor) if plain else None
+
+
+class Verdict(NamedTuple):
+    """Whether a candidate goes on.
+
+    Attributes:
+      goes_on: or stops. behind: its score less the best one. within: half of the 95 % interval of that; None: unknown.
+      why: in words.
+    """
+
+    goes_on: bool
+    behind: float
+    within: float | None
+    why: str
 
 
 def judge(candidates: Mapping[str, Scored], most: int) -> dict[str, Verdict]:

@@ -67,7 +67,7 @@ def auto(setup: Setup, index: int, make: Callable[..., loop.Phase]) -> list[tupl
     one = tried[0].phase
     stops = search.stops(one.steps, one.eval_every, warmup_steps(one))
     scores = heat(setup, tried, stops[0])
-    while len(tried) < MOST and (beta := search.beyond({c.beta: scores[c.name].score for c in tried})) is not None:
+    while len(tried) < MOST and (beta := search.beyond({c.beta: scores[c.name] for c in tried})) is not None:
         if beta >= most:
             break
         tried.append(candidate(beta))

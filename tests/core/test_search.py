@@ -57,7 +57,7 @@ def test_nobody_goes_on_where_all_failed():
     "scores, expected",
     [
         ({0.2: 3.0, 0.1: 2.0, 0.05: 4.0}, None),  # inside
-        ({0.2: 1.0, 0.1: 2.0, 0.05: 4.0}, 0.4),
+        ({0.2: 1.0, 0.1: 2.0, 0.05: 4.0}, None),  # may be chance: no interval
         ({0.2: 3.0, 0.1: 2.0, 0.05: 1.0}, 0.025),
         ({0.2: 3.0, 0.1: 2.0, 0.05: math.nan}, None),  # the edge is where they fail
         ({0.2: math.nan, 0.1: math.nan, 0.05: math.nan}, 0.4),  # too small, all of them
@@ -66,7 +66,15 @@ def test_nobody_goes_on_where_all_failed():
 )
 def test_beyond_an_edge(scores, expected):
     """Breaks if a search stops at an edge, or walks on where everything diverges."""
-    assert search.beyond(scores) == expected
+    assert search.beyond({beta: scored(score) for beta, score in scores.items()}) == expected
+
+
+@pytest.mark.parametrize("behind, expected", [(0.1, None), (2.0, 0.4)])
+def test_upwards_only_if_it_is_plain(behind, expected):
+    """Breaks if a search walks along the plateau of large betas, where nothing moves and chance has the say."""
+    noise = np.random.default_rng(3).standard_normal(64).tolist()
+    found = {0.2: scored(8.0, [0.0] * 64), 0.1: scored(8.0 + behind, noise), 0.05: scored(9.0, noise)}
+    assert search.beyond(found) == expected
 
 
 def test_curvature_of_the_bound():
