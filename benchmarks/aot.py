@@ -118,7 +118,7 @@ def lower(config, mesh):
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     totals, key = jax.eval_shape(lambda: (step.zero_totals(family, "ddo"), jax.random.key(0)))
     rest = placed((totals, key), whole)
-    said = jax.ShapeDtypeStruct((c.batch, 2), jnp.float32, sharding=sharding.batch_sharding(mesh))
+    said = jax.ShapeDtypeStruct((c.batch,), jnp.float32, sharding=sharding.batch_sharding(mesh))
     asked = family.spec.exact  # the reference, in a program of its own
     inputs = step.Inputs(
         frozen=placed(frozen, whole),
@@ -127,7 +127,7 @@ def lower(config, mesh):
         key=rest[1],
         hyper=step.Hyper(number, number, number, (number, number)),
         ref=None if asked else sharding.abstract(mesh, params),
-        s_ref=said if asked else None,
+        s_ref=(said, said) if asked else None,
     )
     traced = step.make_step(training).trace(sharding.abstract(mesh, shapes), rest[0], inputs)
     return traced.lower(lowering_platforms=(mesh.devices.flat[0].platform.replace("gpu", "cuda"),))

@@ -63,10 +63,9 @@ def checkpoints(setup, run: Path):
 
 def measure(run: Path, num: int, sampler: dict):
     with tempfile.TemporaryDirectory() as scratch:
-        setup = runs.beside(run, Path(scratch), **sampler)
+        setup = runs.beside(run, Path(scratch), ("mind",), **sampler)
         evaluator = setup.scorer.evaluator
-        reference = next(iter(evaluator.references.values()))
-        real = collect.features_of(evaluator.networks[collect.MAIN], reference.real)
+        reference, real = next(iter(evaluator.references.values())), evaluator.real
         for name, params in checkpoints(setup, run):
             found = distances(features(setup, params, num), real, reference.gaussians["fid"])
             yield {"data": setup.data.name, "run": run.name, "checkpoint": name, "num": num, "real": len(real), **found}

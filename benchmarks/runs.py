@@ -12,6 +12,7 @@ from common import ROOT
 sys.path.insert(0, str(ROOT))
 from ml_collections import ConfigDict  # noqa: E402
 
+from ddo_jax import config as configs  # noqa: E402
 from ddo_jax import files  # noqa: E402
 from ddo_jax.evaluate.records import read_round  # noqa: E402
 from ddo_jax.run import jobs, record, rounds  # noqa: E402
@@ -20,13 +21,18 @@ from ddo_jax.run.scoring import evaluations  # noqa: E402
 from ddo_jax.store.checkpoint import restore_ema  # noqa: E402
 
 
-def beside(run: Path, scratch: Path, **given):
+def beside(run: Path, scratch: Path, metrics: tuple[str, ...] = (), **given):
     """A run's `Setup` in a scratch workdir; its fitted network is taken along.
 
     Args:
-      given: changes of the sampler's settings.
+      metrics: in place of config.eval.metrics. given: changes of the sampler's settings.
     """
-    config = ConfigDict(files.read_sealed(run / "config.json"))
+    config = configs.base()  # also of a run from before there were all of its keys
+    with config.unlocked(), config.ignore_type():
+        config.update(ConfigDict(files.read_sealed(run / "config.json")))
+    if config.family != "var":
+        config.ddo.dropped_row_loss = configs.base().ddo.dropped_row_loss  # an older default
+    config.eval.metrics = metrics
     config.sampler.update(given)
     for path in run.glob("features-*.npz"):
         shutil.copy(path, scratch)
