@@ -322,7 +322,8 @@ def _check_pool(config) -> None:
         allowed = "balanced: there is no pool, fakes have the labels of the real rows beside them"
     require(labels in allowed.split(":")[0].split(", "), "ddo.pool_labels", labels, allowed)
     least = fakes_of_a_step(config.ddo)
-    allowed = f"at least {least}, the fakes of a step, or 0 for fakes made as training goes"
+    product = "ddo.batch" if config.ddo.fake_ratio == 1 else "ddo.batch x ddo.fake_ratio"
+    allowed = f"at least {product} = {least}, the fakes of a step, or 0 for fakes made as training goes"
     if method_of(config) == "neon":
         allowed = f"at least ddo.batch = {least}: method neon trains on the pool and nothing else"
         require(config.ddo.pool > 0, "ddo.pool", config.ddo.pool, allowed)

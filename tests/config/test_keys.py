@@ -160,7 +160,7 @@ def put(config, key, value):
         ("ddo.clip", -1.0, "0 or more"),
         ("method", "gan", "'gan'; allowed: ddo, neon, mle, cca"),
         ("ddo.dropped_row_loss", "mle", "'mle'; allowed: posonly, nll, posonly_w1"),
-        ("ddo.pool", -1, "-1; allowed: at least 512, the fakes of a step"),
+        ("ddo.pool", -1, "-1; allowed: at least ddo.batch = "),
         ("pretrain.ema_mimg", -1.0, "0 or more"),
         ("pretrain.length.steps", 0, "above 0"),
         ("pretrain.length.steps", None, "unset.*allowed: a duration"),
