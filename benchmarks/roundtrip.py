@@ -1,6 +1,7 @@
 """Which part of a token model's round trip carries DDO's gain? One round of digits_var for every way to make fakes.
 
-    python benchmarks/roundtrip.py --workdir=/tmp/roundtrip --seeds=0,1,2
+    python benchmarks/roundtrip.py --workdir=/tmp/roundtrip --seeds=0,1,2 > lines.jsonl
+    python benchmarks/roundtrip.py --figure=docs/roundtrip.png --lines=lines.jsonl
 
 Fakes are tokens. The authors decode them to pixels and encode those again. The ways:
 
@@ -77,12 +78,36 @@ def config_of(seed: int, way: str, start: str):
     return config
 
 
+def draw(lines: list[dict], path: str) -> None:
+    """What the round came to in every way, a dot a seed, beside its start on the same seeds of sampling."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((7, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for i, way in enumerate(WAYS):
+        own = [line for line in lines if line["way"] == way]
+        axes.plot([i - 0.12] * len(own), [line["reference"] for line in own], "o", color="#888888", mfc="none")
+        axes.plot([i + 0.12] * len(own), [line["best_of_round"] for line in own], "o", color="#1f6fb4")
+        for line in own:
+            axes.plot([i - 0.12, i + 0.12], [line["reference"], line["best_of_round"]], color="#1f6fb4", lw=0.8)
+    axes.set_xticks(range(len(WAYS)), WAYS)
+    axes.set_ylabel("FD × 100")
+    axes.set_title("digits_var, round 1: reference (ring) and best of four evaluations (dot)", fontsize=10)
+    axes.grid(axis="y", alpha=0.25)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--workdir", type=Path, required=True)
+    p.add_argument("--workdir", type=Path, default=Path("/tmp/roundtrip"))
+    p.add_argument("--lines", type=Path, help="of earlier calls; draws --figure instead of running")
+    p.add_argument("--figure")
     p.add_argument("--seeds", default="0,1,2")
     p.add_argument("--ways", default=",".join(WAYS))
     args = p.parse_args()
+    if args.lines is not None:
+        draw(files.read_jsonl(args.lines), args.figure)
+        return
     for seed in map(int, args.seeds.split(",")):
         start = args.workdir / f"start-{seed}"
         main_job.run(config_of(seed, "full", "scratch"), start)
@@ -101,6 +126,7 @@ def main() -> None:
                 seed=seed,
                 start=round(mean["start"], 2),
                 after=round(mean["ddo"], 2),
+                reference=round(played["start"], 2),
                 best_of_round=round(played["fd_x100"], 2),
                 step=played["step"],
                 improved=played["improved"],

@@ -102,7 +102,7 @@ def neon(config) -> None:
     pool(config)
     config.name = "Neon of a small VAR on 8x8 digits"
     config.method = "neon"
-    config.neon.w = (0.5, 1.0, 2.0, 4.0)
+    config.neon.w = (0.1, 0.25, 0.5, 1.0)
 
 
 def runlocal(config) -> None:

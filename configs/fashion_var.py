@@ -5,9 +5,9 @@
     python -m ddo_jax.main --config=fashion_var --workdir=runs/fashion_var
     python -m ddo_jax.main --config=fashion_var --config.data.name=idx:DIR --workdir=runs/fashion_var
 
-Hardware: 2 CPU cores, under 40 minutes (20 of pretraining and 34 of the rest were measured on ONE core beside other
-jobs). Expected (seed 0): FD x 100 from 327 to 159, 346 by the control; in the features of EfficientNet 678 to 633: it
-buys recall (0.58 to 0.74) and gives away precision (0.83 to 0.74). docs/measured.md.
+Hardware: one CPU core, 49 minutes beside other jobs. Expected (means of training seeds 0, 1, 2): FD x 100 from 345 to
+173, 349 by the control; in the features of EfficientNet 683 to 648: it buys recall (0.58 to 0.74) and gives away
+precision (0.83 to 0.74). docs/measured.md.
 
 The tokenizer is configs/fashion_vqvae.safetensors (maps of 1x1, 2x2, 4x4 and 7x7 tokens from a codebook of 256), made
 by examples/vqvae.py. Fakes pass through it as real images do: decoded to pixels and encoded again.
