@@ -30,7 +30,7 @@ def digits(tmp_path_factory):
         (["--config.ddo.lr=abc"], "--config.ddo.lr=abc: could not convert"),
         (["--config.ddo.alpha=0"], "config.ddo.alpha: 0; allowed: finite numbers above 0"),
         (["--config=configs/nowhere.py"], "configs/nowhere.py"),
-        (["--config=configs/digits.py:small"], "allowed: neon, runlocal, unet"),
+        (["--config=configs/digits.py:small"], "allowed: auto, neon, runlocal, unet"),
         (["--config.ddo.steps=None"], "unknown config key"),
         (["--config.seed=None"], "config.seed: None; allowed: a int"),
         (["--config.init=runs/nowhere"], "runs/nowhere: no such file"),
