@@ -79,7 +79,10 @@ def plane(points: list[Visited], metric: str) -> Figure:
             betas = [p.beta for p in own]
             axes.plot(betas, [p.first for p in own], "--", marker=".", color=colour, lw=1)
             axes.plot(betas, [p.best for p in own], "-o", color=colour, ms=5, label=f"α = {alpha:g}")
+        tried = sorted({p.beta for p in points if p.round == number})
         axes.set_xscale("log")
+        axes.minorticks_off()
+        axes.set_xticks(tried, [f"{beta:g}" for beta in tried], fontsize=8)
         axes.set_title(f"round {number}", fontsize=10)
         axes.set_xlabel("β")
         axes.set_ylabel(metric)
