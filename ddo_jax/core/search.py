@@ -54,16 +54,17 @@ def largest_beta(alpha: float) -> float:
 def stops(steps: int, every: int, warmup: int) -> list[int]:
     """Steps after which a search compares its candidates, and the end of the round.
 
-    The first evaluation behind the warm-up and a sixth of the round, and the one at twice as many steps.
+    The first evaluation behind a sixth of the round and behind the warm-up, which counts up to a third of the round
+    (some last longer than the round), and the one at twice as many steps.
 
     Args:
       steps: of the round. every: between evaluations. warmup: steps.
 
     Example:
-      >>> stops(300, 100, 50), stops(98, 4, 25), stops(10, 20, 0)
-      ([100, 200, 300], [28, 56, 98], [10])
+      >>> stops(300, 100, 50), stops(98, 4, 25), stops(10, 20, 0), stops(2930, 488, 19531)
+      ([100, 200, 300], [28, 56, 98], [10], [976, 1952, 2930])
     """
-    first = every * math.ceil(max(steps / 6, warmup, 1) / every)
+    first = every * math.ceil(max(steps / 6, min(warmup, steps // 3), 1) / every)
     return [step for step in (first, 2 * first) if step < steps] + [steps]
 
 

@@ -26,7 +26,7 @@ from ddo_jax.run.candidates import all_diverged, divide, lost, trained
 from ddo_jax.run.prepare import Setup
 from ddo_jax.run.scoring import evaluations
 
-PROBE = 20  # steps after the warm-up
+PROBE = 20  # steps after the warm-up; a third of the round at most
 MOVES = 0.2  # share of the latest step in the probe's running spread
 MOST = 7  # values of beta in one round
 GO_ON = (2, 1)  # candidates at most, after the first evaluation and after the later ones
@@ -142,7 +142,7 @@ def start(setup: Setup, index: int, make, alpha: float, most: float) -> tuple[fl
 
 def probe(setup: Setup, phase: loop.Phase, alpha: float) -> dict:
     """A short run whose beta follows the spread of r (`core.search.balanced_beta`); its parameters are not kept."""
-    steps = min(phase.steps, warmup_steps(phase) + PROBE)
+    steps = max(1, min(phase.steps // 3, warmup_steps(phase) + PROBE))
     advance = setup.programs.step_for(phase.objective, phase.section, phase.warmup, phase.steps)
     tx, c = state.optimizer(phase.config), phase.config
     current = sharding.place(setup.mesh, state.new_state(phase.start, tx, c.ema_stds))
