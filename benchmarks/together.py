@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 import runs  # noqa: F401  puts the repository on the path
 from common import report, spread
 from ml_collections import ConfigDict
@@ -25,14 +26,15 @@ from ddo_jax.run import candidates, fakes, loop, record, rounds
 from ddo_jax.run.prepare import prepare
 
 
-def prepared(name: str, together: int, batch: int | None, scratch: Path):
+def prepared(name: str, together: int, batch: int | None, steps: int, scratch: Path):
     """(setup, make): make(n, tag) gives n candidates of round 1 in a folder of their own."""
     config = ConfigDict(Parser().parse(name).to_dict())
     config.ddo.update(search="grid", together=together, batch=batch or config.ddo.batch)
     config.ddo.pool = min(config.ddo.pool, 4 * config.ddo.batch)
     config.log.every = 10**6
+    config.ddo.length.update(steps=steps, mimg=None, epochs=None)
     setup = prepare(config, scratch, record.Console())
-    ref = setup.family.init(rounds.jax.random.key(0))[0]
+    ref = jax.jit(setup.family.init)(jax.random.key(0))[0]
     first, anchor = rounds.anchors(setup.family, setup.mesh, ref)
     directory = setup.workdir / "pool"
     if config.ddo.pool:
@@ -73,7 +75,7 @@ def main() -> None:
     args = p.parse_args()
     for name in args.configs.split(","):
         with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
-            ways = [prepared(name, n, args.batch, Path(d)) for n, d in ((1, a), (args.candidates, b))]
+            ways = [prepared(name, n, args.batch, 3 * args.steps, Path(d)) for n, d in ((1, a), (args.candidates, b))]
             found = ([], [])
             for i in itertools.count():
                 short, long = (

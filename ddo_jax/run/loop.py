@@ -135,12 +135,12 @@ def _run(phases: list[Phase], setup: Setup, until: int | None) -> list["_Loop"]:
         first = min(loop.first for loop in loops)
         data = feed(phases[0], setup, first)
         for done in range(first + 1, until + 1):
-            real, fake, s_ref = next(data)
-            behind = [loop for loop in loops if loop.first < done and loop.failed is None]
-            for loop in behind:
-                loop.advance(done, real, fake, s_ref)
-            if not behind:
+            if not (going := [loop for loop in loops if loop.failed is None]):
                 break
+            real, fake, s_ref = next(data)
+            for loop in going:
+                if loop.first < done:  # else its checkpoint is ahead of the others'
+                    loop.advance(done, real, fake, s_ref)
         for loop in loops:
             loop.finish()
     return loops

@@ -1,5 +1,6 @@
 """A search for beta in little: what it decides, resumed, side by side, when parts of it fail."""
 
+import contextlib
 import shutil
 
 import jax
@@ -173,6 +174,33 @@ def test_candidates_at_different_steps_continue_together(tmp_path, fitted, monke
     for c in at:
         a, b = (files.read_sealed(folder / f"rounds/001/{c}/result.json") for folder in (whole, killed))
         assert without_times(a) == without_times(b)
+
+
+def test_one_that_is_ahead_is_not_left_behind(tmp_path, fitted, monkeypatch):
+    """Breaks if a candidate whose checkpoint is ahead stops where the last of the others diverges."""
+    config, workdir = searching(tmp_path / "run", fitted, search="grid", beta=(0.05, 0.2), together=2)
+    save, write = loop._Loop.save, loop._Loop.write
+
+    class Stop(Exception):
+        pass
+
+    def stop(self, done, state, evaluate):
+        if done == 3 and self.phase.name.endswith("a4_b0.2"):
+            raise Stop
+        save(self, done, state, evaluate)
+
+    def diverge(self, done, totals):
+        if self.phase.name.endswith("a4_b0.2"):
+            raise loop.Diverged(f"{self.phase.name}: loss/real is nan")
+        write(self, done, totals)
+
+    for name, changed, raised in (("save", stop, Stop), ("write", diverge, None)):
+        with monkeypatch.context() as patch, pytest.raises(raised) if raised else contextlib.nullcontext():
+            patch.setattr(loop._Loop, name, changed)
+            main_job.run(config, workdir)
+        shutil.rmtree(workdir / "rounds/001/a4_b0.2/checkpoints", ignore_errors=True)  # begins anew, three steps behind
+    ends = {c: files.read_sealed(workdir / f"rounds/001/{c}/result.json") for c in ("a4_b0.05", "a4_b0.2")}
+    assert ends["a4_b0.05"]["steps"] == 6 and ends["a4_b0.2"]["failed"] and ends["a4_b0.2"]["steps"] == 1
 
 
 def test_a_probe_that_diverges(tmp_path, fitted, monkeypatch, capsys):
