@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from absl import logging
 
@@ -57,17 +58,59 @@ def main(parser: Parser, run: Callable, argv: list[str] | None = None) -> None:
     """Parse, start JAX's distributed runtime where --distributed asks for it, run."""
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
-    if getattr(args, "distributed", False):
-        start_distributed()
     with one_line_errors():
-        run(args)
+        if not start_distributed(vars(args), {k: v for k, v in vars(args).items() if k not in DISTRIBUTED}):
+            run(args)
+            return
+        from ddo_jax import preemption
+
+        with leaving(), preemption.handled():
+            run(args)
 
 
-def start_distributed() -> None:
-    import jax
+# Flags that say where the processes of a run meet; each process may have its own.
+DISTRIBUTED = {
+    "distributed": "several processes: found by JAX (Slurm, GKE, TPU pods, MPI), or by the next three, which imply it",
+    "coordinator": "HOST:PORT of process 0, which must be free there (or $JAX_COORDINATOR_ADDRESS, or torchrun's)",
+    "num_processes": "how many processes there are (or $JAX_NUM_PROCESSES)",
+    "process_id": "of this one, from 0 on (or $JAX_PROCESS_ID)",
+}
 
-    jax.distributed.initialize()
+
+def start_distributed(
+    flags: dict[str, Any], about: dict[str, Any], start_s: float = 60.0, heartbeat_s: float = 40.0
+) -> bool:
+    """Start JAX's distributed runtime where flags ask for it; whether they do.
+
+    Args:
+      flags: those of `DISTRIBUTED`, maybe absent. about, start_s, heartbeat_s: see `hosts.start`.
+
+    Raises:
+      UserError: see `hosts.start`.
+    """
+    if not any(flags.get(key) not in (None, False) for key in DISTRIBUTED):
+        return False
+    from ddo_jax import hosts
+
+    hosts.start(hosts.given(flags, os.environ), about, start_s=start_s, heartbeat_s=heartbeat_s)
+    return True
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """Around `preemption.handled()`: a process that was asked to leave says what is kept; its exit code tells launchers
+    to start it again, or, after Ctrl-C, not to."""
+    from ddo_jax import preemption
+
+    try:
+        yield
+    except preemption.Preempted as e:
+        print(e.line, file=sys.stderr)
+        sys.exit(e.code)
 
 
 def add_distributed(p: Parser) -> None:
-    p.add_argument("--distributed", action="store_true", help="several hosts, see launch/")
+    p.add_argument("--distributed", action="store_true", help=DISTRIBUTED["distributed"])
+    p.add_argument("--coordinator", metavar="HOST:PORT", help=DISTRIBUTED["coordinator"])
+    p.add_argument("--num_processes", type=int, metavar="N", help=DISTRIBUTED["num_processes"])
+    p.add_argument("--process_id", type=int, metavar="I", help=DISTRIBUTED["process_id"])

@@ -153,9 +153,14 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
         f.write(data)
 
 
+def json_bytes(value: Any) -> bytes:
+    """Indented JSON."""
+    return (json.dumps(value, indent=1, default=float) + "\n").encode()
+
+
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """`write_bytes` of indented JSON."""
-    write_bytes(path, (json.dumps(value, indent=1, default=float) + "\n").encode())
+    """`write_bytes` of `json_bytes`."""
+    write_bytes(path, json_bytes(value))
 
 
 def read_json(path: epath.PathLike) -> Any | None:

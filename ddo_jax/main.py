@@ -1,6 +1,7 @@
 """`python -m ddo_jax.main --config=digits --workdir=DIR [--config.ddo.alpha=4 ...] [--dry_run]`.
 
-Flags -> config -> run; no logic. Exit codes: 0 done, 2 something the user can mend (one line says what).
+Flags -> config -> run; no logic. Exit codes: 0 done, 2 something the user can mend (one line says what), 75 SIGTERM (a
+launcher starts the same command again, and it continues), 130 Ctrl-C (the same command continues, too).
 """
 
 import ast
@@ -26,9 +27,12 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 FLAGS["config"].parser = loading.Parser()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Everything goes here; unset: runs/<name of the config>")
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Several hosts: Slurm, GKE and TPU pods are detected by JAX (see launch/)"
-)
+_DISTRIBUTED = {
+    "distributed": flags.DEFINE_bool("distributed", False, cli.DISTRIBUTED["distributed"]),
+    "coordinator": flags.DEFINE_string("coordinator", None, cli.DISTRIBUTED["coordinator"]),
+    "num_processes": flags.DEFINE_integer("num_processes", None, cli.DISTRIBUTED["num_processes"]),
+    "process_id": flags.DEFINE_integer("process_id", None, cli.DISTRIBUTED["process_id"]),
+}
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config, sizes and the plan, and stop")
 _IMAGES_PER_S = flags.DEFINE_list(
     "images_per_s",
@@ -87,21 +91,25 @@ def main(argv):
     logging.set_verbosity(logging.FATAL)  # Orbax logs what it raises, too, page after page; our lines use the console
     sys.unraisablehook = _stray
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # of the same origin
-    if _DISTRIBUTED.value:
-        cli.start_distributed()
-    from ddo_jax import compilation
+    from ddo_jax import compilation, preemption
+    from ddo_jax import config as configs
     from ddo_jax.plan import dry_run
     from ddo_jax.run import main_job
 
     workdir = os.path.expanduser(_WORKDIR.value or default_workdir())
+    config = _CONFIG.value
     try:
-        with compilation.cache():
+        configs.check_hosts(config)
+        given = {key: flag.value for key, flag in _DISTRIBUTED.items()}
+        about = {f"config.{key}": value for key, value in configs.leaves(config) if key != "data.dir"}
+        cli.start_distributed(given, about, config.hosts.start_s, config.hosts.heartbeat_s)
+        with compilation.cache(), cli.leaving(), preemption.handled():
             if _DRY_RUN.value:
-                print(dry_run.plan(_CONFIG.value, workdir, _IMAGES_PER_S.value))
+                print(dry_run.plan(config, workdir, _IMAGES_PER_S.value))
             else:
                 kept = f"{workdir} keeps what is finished, up to the last whole checkpoint; make room: the same command"
                 with files.full_disk(f"{kept} continues"):
-                    main_job.run(_CONFIG.value, workdir)
+                    main_job.run(config, workdir)
     except UserError as e:
         cli.fail(str(e))
     except OSError as e:  # a file of the run: it cannot be read, it is a folder, the file system is gone
@@ -110,9 +118,9 @@ def main(argv):
         cli.fail(
             f"{os.fspath(e.filename)}: {e.strerror}; nothing is lost: the same command continues once it is mended"
         )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before there is anything to keep
         print("interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(preemption.INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,28 @@
 #!/usr/bin/env bash
-# Run on every host of a TPU pod slice; JAX finds the others by the TPU's metadata (--distributed).
-#   gcloud compute tpus tpu-vm ssh "$TPU_NAME" --zone="$ZONE" --worker=all \
-#     --command="cd ddo_jax && launch/tpu_pod.sh --config=... --workdir=gs://bucket/run"
+# A run on every host of a Cloud TPU slice, started from where gcloud is logged in; JAX finds the hosts (--distributed).
+#
+#   TPU_NAME=my-v5e ZONE=us-west4-a launch/tpu_pod.sh [--print] --config=... --workdir=gs://bucket/run
+#
+#   TPU_NAME, ZONE   of the slice      PROJECT   unset: gcloud's
+#   DIR     the repository on every host (ddo_jax; installed there: pip install -e '.[tpu,gcs]')
+#   LOGS    folder of the logs here, one a host (logs/$TPU_NAME)
+#
+# On each host restart.sh continues the run when it is told to leave or a host dies. A slice that was preempted as a whole
+# must be made again (queued resources do so); then the same command continues.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-until python -m ddo_jax.main --distributed "$@"; do
-  code=$?
-  [ "$code" -eq 2 ] && exit 2   # something to mend: starting again would not help
-  echo "exit code $code: starting again in 20 s" >&2
-  sleep 20
-done
+show=
+[ "${1:-}" = --print ] && show=1 && shift
+: "${TPU_NAME:?TPU_NAME: unset; the name of the slice, as gcloud compute tpus tpu-vm list shows it}"
+: "${ZONE:?ZONE: unset; the zone of the slice, as in us-west4-a}"
+logs=${LOGS:-logs/$TPU_NAME}
+remote="cd $(printf %q "${DIR:-ddo_jax}") && launch/restart.sh python -m ddo_jax.main --distributed$(printf ' %q' "$@")"
+command=(gcloud compute tpus tpu-vm ssh "$TPU_NAME" "--zone=$ZONE" --worker=all "--output-directory=$logs")
+[ -n "${PROJECT:-}" ] && command+=("--project=$PROJECT")
+command+=("--command=$remote")
+if [ -n "$show" ]; then
+  printf '%q ' "${command[@]}"
+  echo
+  exit
+fi
+mkdir -p "$logs"
+exec "${command[@]}"

@@ -16,8 +16,8 @@ from ddo_jax.config.keys import (
     samples_fakes,
     steps,
 )
-from ddo_jax.config.validate import check_claimed, require, validate
+from ddo_jax.config.validate import check_claimed, check_hosts, require, validate
 
-__all__ = ["HARMLESS", "MOST_STEPS", "METHODS", "base", "check_claimed", "difference", "is_set", "leaves"]
-__all__ += ["fakes_of_a_step", "method_of", "samples_fakes"]
+__all__ = ["HARMLESS", "MOST_STEPS", "METHODS", "base", "check_claimed", "check_hosts", "difference", "is_set"]
+__all__ += ["leaves", "fakes_of_a_step", "method_of", "samples_fakes"]
 __all__ += ["require", "steps", "validate"]

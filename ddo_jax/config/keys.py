@@ -142,6 +142,11 @@ def base() -> ConfigDict:
             # every: steps. signal: batches that a round's first gradients are averaged over (`run.signal`); 0: none
             log=dict(every=50, tensorboard=True, signal=8),
             keep="best",  # of finished rounds: best = the best checkpoint only | all
+            save_minutes=10.0,  # a checkpoint at the next log.every after so long without one; 0: at evaluations only
+            # Processes of one run: how long they wait for one another at the start; without a sign of life for how long
+            # one of them is given up, which ends the others (it should be less: one that was started again waits for
+            # them).
+            hosts=dict(start_s=60.0, heartbeat_s=40.0),
             lease_s=600.0,  # a task whose job shows no life for so long is taken over
             stall_s=3600.0,  # a job whose task makes no step or batch of samples for so long shows no life
         )
@@ -155,6 +160,8 @@ HARMLESS = (
     "log",
     "mesh",
     "keep",
+    "save_minutes",
+    "hosts",
     "lease_s",
     "stall_s",
     "name",

@@ -261,6 +261,17 @@ def _check_lines(config) -> None:
         _check_apart(key, line)
 
 
+def check_hosts(config) -> None:
+    """What is needed before the processes of a run meet.
+
+    Raises:
+      UserError: a time that is none.
+    """
+    for key in ("start_s", "heartbeat_s"):
+        value = config.hosts[key]
+        require(1 <= value <= 10**6, f"hosts.{key}", value, "1 to 1,000,000 seconds")
+
+
 def validate(config, devices: int) -> None:
     """Refuse a config that cannot run, before anything is written.
 
@@ -286,6 +297,8 @@ def validate(config, devices: int) -> None:
     require(0 <= config.seed < 2**31, "seed", config.seed, "0 or more, below 2^31")
     for key in ("lease_s", "stall_s"):
         require(config[key] >= 10, key, config[key], "at least 10")
+    require(config.save_minutes >= 0, "save_minutes", config.save_minutes, "0 or more")
+    check_hosts(config)
     _check_model(config.model)
     require(
         0 <= config.ddo.rounds < 1000, "ddo.rounds", config.ddo.rounds, "0 to 999: their directories have three digits"

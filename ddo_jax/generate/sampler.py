@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax import sharding
+from ddo_jax import preemption, sharding
 from ddo_jax.errors import UserError
 
 Sampler = Callable[..., Iterator[dict[str, np.ndarray]]]
@@ -102,6 +102,8 @@ def make_sampler(family, settings, mesh, batch: int, streams=None, *, guide: Gui
         seeds, labels = np.asarray(seeds, np.uint32), np.asarray(labels, np.int32)
         rows = sharding.own_rows(batch)
         for i in range(0, len(seeds), batch):
+            if i:  # what was yielded has been used
+                preemption.check()
             n = min(batch, len(seeds) - i)
             s, y = (np.resize(x[i : i + n], batch)[rows] for x in (seeds, labels))
             if streams is None:

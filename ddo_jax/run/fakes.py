@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ddo_jax import files, sharding
+from ddo_jax import files, preemption, sharding
 from ddo_jax.data import pool as pools
 from ddo_jax.data import sources
 from ddo_jax.data.labels import balanced_labels, present_classes
@@ -107,6 +107,7 @@ def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
         if jax.process_index() == 0:
             pools.write_chunk(directory, i, chunk["image"], chunk["label"], seeds[rows[i]])
         setup.console.status(progress.text(done), done=done == len(rows))
+        preemption.check()
     return {
         "chunks": len(rows),
         "digests": digests,

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
-from ddo_jax import files, sharding
+from ddo_jax import files, preemption, sharding
 from ddo_jax.data.tree import warn
 from ddo_jax.errors import UserError
 
@@ -282,13 +282,16 @@ def divide(
             todo = [task for task in mine if not sharding.agree(lead and _finished(task) is not None)]
             if again := [task.directory for task in todo if task.directory in made]:
                 raise UserError(f"{again[0]}: made, but it is not as it was written; check the disk")
-            if todo and _perform(todo, group.run, lead, lease_s, stall_s, waiting):
-                made.update(task.directory for task in todo)
-            for task in mine:
-                if lead and _mine(task.directory / CLAIM):
-                    (task.directory / CLAIM).unlink(missing_ok=True)
+            try:
+                if todo and _perform(todo, group.run, lead, lease_s, stall_s, waiting):
+                    made.update(task.directory for task in todo)
+            finally:  # also of a job that is told to leave: another one goes on at once
+                for task in mine:
+                    if lead and _mine(task.directory / CLAIM):
+                        (task.directory / CLAIM).unlink(missing_ok=True)
         if not worked:
             waiting(f"waiting for {len(open_tasks)} tasks of other jobs: {open_tasks[0].directory.name} ...")
+            preemption.check()
             time.sleep(poll_s)
 
 

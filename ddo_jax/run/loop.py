@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from ddo_jax import config as configs
-from ddo_jax import files, sharding
+from ddo_jax import files, preemption, sharding
 from ddo_jax.core import ddo
 from ddo_jax.data.pipeline import batches
 from ddo_jax.errors import UserError
@@ -134,13 +134,20 @@ def _run(phases: list[Phase], setup: Setup, until: int | None) -> list["_Loop"]:
         loops = [_opened(stack, phase, setup, until) for phase in phases]
         first = min(loop.first for loop in loops)
         data = feed(phases[0], setup, first)
-        for done in range(first + 1, until + 1):
-            if not (going := [loop for loop in loops if loop.failed is None]):
-                break
-            real, fake, s_ref = next(data)
-            for loop in going:
-                if loop.first < done:  # else its checkpoint is ahead of the others'
-                    loop.advance(done, real, fake, s_ref)
+        try:
+            for loop in loops:
+                loop.score_late()
+            for done in range(first + 1, until + 1):
+                if not (going := [loop for loop in loops if loop.failed is None]):
+                    break
+                real, fake, s_ref = next(data)
+                for loop in going:
+                    if loop.first < done:  # else its checkpoint is ahead of the others'
+                        loop.advance(done, real, fake, s_ref)
+                preemption.check()
+        except preemption.Preempted:
+            kept = [loop.leave() for loop in loops]
+            raise preemption.Preempted(", ".join(text for text in kept if text)) from None
         for loop in loops:
             loop.finish()
     return loops
@@ -209,7 +216,8 @@ class _Loop:
     def __init__(self, phase: Phase, setup: Setup, checkpoints: Checkpoints, training_state, meta: dict, until: int):
         self.phase, self.setup, self.checkpoints = phase, setup, checkpoints
         self.state, self.evals, self.until = training_state, evaluations(meta), until
-        self.first = self.logged = self.done = meta["step"]
+        self.first = self.logged = self.done = self.saved = meta["step"]
+        self.unscored, self.saved_at = meta.get("unscored", False), time.monotonic()
         self.failed: Diverged | None = None
         main = jax.process_index() == 0
         self.log = record.PhaseLog(phase.directory, self.first, setup.config.log.tensorboard, main)
@@ -231,7 +239,7 @@ class _Loop:
         self.done = done
         jobs.progress()
         evaluate = self.due(done, phase.eval_every)
-        save = evaluate or self.due(done, phase.save_every) or done in (phase.steps, self.until)
+        save = evaluate or self.due(done, phase.save_every) or done in (phase.steps, self.until) or self.overdue(done)
         snapshot = self.due(done, self.snapshot_every)
         try:
             if save or snapshot or self.due(done, setup.config.log.every):
@@ -264,6 +272,14 @@ class _Loop:
 
     def due(self, done: int, every: int | None) -> bool:
         return every is not None and (done % every == 0 or done == self.phase.steps)
+
+    def overdue(self, done: int) -> bool:
+        """Whether the last checkpoint is older than config.save_minutes, by the first process's clock. At the steps of
+        the log only, so that its intervals are the same whenever a run is stopped."""
+        minutes = self.setup.config.save_minutes
+        if not minutes or not self.due(done, self.setup.config.log.every):
+            return False
+        return sharding.agree(time.monotonic() - self.saved_at > 60 * minutes)
 
     def write(self, done: int, totals) -> None:
         """Log the interval since the last call; stop if anything in it was not finite."""
@@ -305,9 +321,35 @@ class _Loop:
             if score is not None:
                 self.log.write({"phase": phase.name, "step": done, f"eval/{found.metric}": score})
                 self.text = f"{self.text.partition('  |')[0]}  | {found.metric} {score:.3f}"
-        meta = {"step": done, "evals": [e.record() for e in self.evals]}
+        self.keep(done, training_state, score)
+
+    def keep(self, done: int, training_state, score: float | None = None, **more) -> None:
+        """A checkpoint."""
+        meta = {"step": done, "evals": [e.record() for e in self.evals], **more}
         self.checkpoints.save(done, training_state, meta, score)
+        self.saved, self.saved_at = done, time.monotonic()
         self.began = time.monotonic()
+
+    def leave(self) -> str:
+        """A checkpoint on the way out, in words. An evaluation that was due is made when the phase is continued."""
+        if self.failed is not None:
+            return ""
+        try:
+            if self.done > self.saved:
+                if self.done > self.logged:
+                    self.write(self.done, self.totals)
+                self.keep(self.done, self.state, unscored=self.due(self.done, self.phase.eval_every))
+        except Diverged:
+            return f"{self.phase.name} kept at step {self.saved}"
+        return f"{self.phase.name} saved at step {self.done}"
+
+    def score_late(self) -> None:
+        """The evaluation that `leave` put off."""
+        if self.unscored:
+            try:
+                self.save(self.done, self.state, True)
+            except Diverged as e:
+                self.failed = e
 
 
 def best_of(found: list, key: Callable[[Any], Evaluation] = lambda found: found) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from ddo_jax import config as configs
-from ddo_jax import files, sharding
+from ddo_jax import files, hosts, sharding
 from ddo_jax.data import sources
 from ddo_jax.families import Family
 from ddo_jax.generate.sampler import make_sampler
@@ -71,8 +71,7 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> Setup:
     Raises:
       UserError: see `checks.check`, `store.workdir.open_workdir`.
     """
-    config = fill.filled(config, workdir, console.line)
-    checked = checks.check(config)
+    config, checked = hosts.together(lambda: _checked(config, workdir, console))
     family, mesh, data = checked.family, checked.mesh, checked.data
     params, own, drawn, digest = _start(config, checked, console)
     frozen = load.complete(family, mesh, own)
@@ -111,6 +110,11 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> Setup:
         init=params,
         drawn=drawn,
     )
+
+
+def _checked(config, workdir: epath.PathLike, console: record.Console) -> tuple[Any, checks.Checked]:
+    config = fill.filled(config, workdir, console.line)
+    return config, checks.check(config)
 
 
 def _start(config, checked: checks.Checked, console) -> tuple[Any, Any, tuple[str, ...] | None, str]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ddo_jax import files, sharding
+from ddo_jax import files, preemption, sharding
 from ddo_jax.core import search
 from ddo_jax.evaluate.records import Evaluation
 from ddo_jax.run import jobs, loop, state, step
@@ -157,6 +157,7 @@ def probe(setup: Setup, phase: loop.Phase, alpha: float) -> dict:
         inputs = step.Inputs(setup.frozen, real, fake, key, given, ref, s_ref)
         current, totals = advance(current, jax.tree.map(lambda x: x.copy(), zero), inputs)
         jobs.progress()
+        preemption.check()
         latest = spread_of(totals)
         if not math.isfinite(latest):
             return {"beta": None, "length": k + 1, "history": history}

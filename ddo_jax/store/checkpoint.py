@@ -192,9 +192,9 @@ class Checkpoints:
 
     def save(self, step: int, state, meta: dict, score: float | None = None) -> None:
         """Save asynchronously; `score` (lower is better) makes it a candidate for "best"."""
-        if step in self._damaged:
+        if step in self._damaged or step in self._manager.all_steps():  # the latter: saved before it was scored
             self._manager.delete(step)
-            self._damaged.remove(step)
+            self._damaged.discard(step)
         self._scores.pop(step, None)
         if score is not None and math.isfinite(score):
             self._scores[step] = score

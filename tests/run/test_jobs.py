@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from ddo_jax import files
+from ddo_jax import files, preemption
 from ddo_jax.errors import UserError
 from ddo_jax.run import jobs
 
@@ -269,3 +269,18 @@ def test_a_group_that_fails_leaves_no_result(tmp_path):
     with pytest.raises(UserError, match="no"):
         jobs.divide(tasks, lease_s=600.0, group=jobs.Group(2, run))
     assert not list(tmp_path.glob("*/result.json"))
+
+
+def test_a_job_that_leaves_releases_its_tasks(tmp_path, monkeypatch):
+    """Breaks if another job waits for the lease of one that left in order, or a waiting job cannot be stopped."""
+
+    def leave():
+        raise preemption.Preempted
+
+    with pytest.raises(preemption.Preempted):
+        jobs.divide([jobs.Task(epath.Path(tmp_path) / "a", leave)], 600.0)
+    assert not (tmp_path / "a/claim.json").exists() and not (tmp_path / "a/result.json").exists()
+    claim(epath.Path(tmp_path) / "b")
+    monkeypatch.setattr(preemption, "reached", lambda: True)
+    with pytest.raises(preemption.Preempted):
+        jobs.divide([jobs.Task(epath.Path(tmp_path) / "b", dict)], 600.0)

@@ -52,7 +52,7 @@ MOMENTS = (
 )
 
 
-def start(config: Path, workdir: Path, cache: Path) -> subprocess.Popen:
+def start(config: Path, workdir: Path, cache: Path, *flags: str, devices: int | None = None) -> subprocess.Popen:
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -60,7 +60,9 @@ def start(config: Path, workdir: Path, cache: Path) -> subprocess.Popen:
         "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
         "TFDS_DATA_DIR": str(cache / "tfds"),
     }
-    command = [sys.executable, "-m", "ddo_jax.main", f"--config={config}", f"--workdir={workdir}"]
+    if devices is not None:
+        environment["JAX_NUM_CPU_DEVICES"] = str(devices)
+    command = [sys.executable, "-m", "ddo_jax.main", f"--config={config}", f"--workdir={workdir}", *flags]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, cwd=ROOT)
 
 

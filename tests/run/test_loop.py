@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddo_jax import convert, files
+from ddo_jax import convert, files, preemption
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate.records import Evaluation, Protocol
 from ddo_jax.run import candidates, jobs, loop
@@ -149,3 +149,79 @@ def test_best_of():
     evals = [Evaluation("fd", {"fd": v}, about, step=s) for s, v in scores]
     assert loop.best_of(evals).step == 2
     assert loop.best_of([]) is None
+
+
+def leaving_at(monkeypatch, step):
+    """A signal that is heard after so many steps."""
+    asked = []
+
+    def reached():
+        asked.append(None)
+        return len(asked) == step
+
+    monkeypatch.setattr(preemption, "reached", reached)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_left_at_a_step_and_continued(run, monkeypatch, step):
+    """Breaks if a run that was told to leave loses a step, or repeats one."""
+    whole, setup = run("whole", 4)
+    loop.train(whole, setup)
+    stopped, _ = run("stopped", 4)
+    with monkeypatch.context() as patch:
+        leaving_at(patch, step)
+        with pytest.raises(preemption.Preempted, match=f"^stopped saved at step {step}$"):
+            loop.train(stopped, setup)
+    assert final(stopped, setup)[1]["step"] == step
+    assert loop.train(stopped, setup)["steps"] == 4
+    for a, b in zip(leaves(final(whole, setup)[0]), leaves(final(stopped, setup)[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_an_evaluation_that_was_left_is_made(run, monkeypatch):
+    """Breaks if a signal during an evaluation loses its score, which selects, or the steps before it."""
+    whole, setup = run("whole", 4)
+    stopped, _ = run("stopped", 4)
+    whole, stopped = (dataclasses.replace(phase, eval_every=2) for phase in (whole, stopped))
+    wanted = loop.train(whole, setup)
+    with monkeypatch.context() as patch:
+        patch.setattr(preemption, "reached", lambda: False)
+
+        def left(*_, **__):
+            raise preemption.Preempted
+
+        with pytest.raises(preemption.Preempted, match="^stopped saved at step 2$"):
+            loop.train(stopped, dataclasses.replace(setup, scorer=left))
+    step, meta = final(stopped, setup)[1]["step"], final(stopped, setup)[1]
+    assert (step, meta["unscored"], meta["evals"]) == (2, True, [])
+    found = loop.train(stopped, setup)
+    assert [(e["step"], e["fd_x100"]) for e in found["evals"]] == [(e["step"], e["fd_x100"]) for e in wanted["evals"]]
+    assert "unscored" not in final(stopped, setup)[1]
+
+
+def test_nothing_that_is_not_finite_is_saved_on_the_way_out(run, monkeypatch):
+    """Breaks if leaving overwrites the last good checkpoint by one that is not a number."""
+    phase, setup = run("nan", 4, lr=float("inf"))
+    quiet = dataclasses.replace(setup, config=setup.config.copy_and_resolve_references())
+    quiet.config.log.every = 100
+    phase = dataclasses.replace(phase, save_every=None)
+    leaving_at(monkeypatch, 3)
+    with pytest.raises(preemption.Preempted, match="nan kept at step 0"):
+        loop.train(phase, quiet)
+    assert final(phase, setup) is None
+
+
+def test_a_checkpoint_after_so_many_minutes(run, monkeypatch):
+    """Breaks if a run without evaluations keeps nothing for hours; or saves at steps that split a record of its log."""
+    phase, setup = run("timed", 4)
+    timed = dataclasses.replace(setup, config=setup.config.copy_and_resolve_references())
+    timed.config.update(save_minutes=1e-6)
+    timed.config.log.every = 3
+    saved = []
+    monkeypatch.setattr(loop._Loop, "keep", lambda self, done, *_, **__: saved.append(done))
+    loop.train(dataclasses.replace(phase, save_every=None), timed)
+    assert saved == [3, 4]
+    timed.config.save_minutes = 0.0
+    saved.clear()
+    loop.train(dataclasses.replace(phase, save_every=None), timed)
+    assert saved == [4]
