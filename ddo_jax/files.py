@@ -16,12 +16,13 @@ import sys
 import tempfile
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from etils import epath
 
+from ddo_jax import stores
 from ddo_jax.errors import UserError, one_line
 
 
@@ -53,7 +54,8 @@ class Literal(type(epath.Path("."))):
 def literal(path: epath.PathLike) -> Literal:
     """`path`, absolute, as such a path; what is derived from it is one, too."""
     text = os.path.expanduser(os.fspath(path))
-    if "://" in text:
+    if stores.is_remote(text):
+        stores.prepare()
         return Literal(text)
     local = Path(text)
     return Literal(local.resolve() if ".." in local.parts else local.absolute())  # behind a link `..` leads elsewhere
@@ -93,7 +95,7 @@ def remove_leftovers(root: epath.PathLike, age_s: float) -> list[epath.Path]:
       What was removed. What cannot be removed stays.
     """
     removed = []
-    if "://" in os.fspath(root):
+    if stores.is_remote(root):
         return removed
     now = filesystem_time(root)
     for directory, _, names in os.walk(root):
@@ -126,7 +128,7 @@ def writing(path: epath.PathLike) -> Iterator[BinaryIO]:
     After an exception there is neither the new file nor a temporary one.
     """
     path = epath.Path(path)
-    if "://" in os.fspath(path):
+    if stores.is_remote(path):
         with path.open("wb") as f:
             yield f
         return
@@ -146,7 +148,7 @@ def writing(path: epath.PathLike) -> Iterator[BinaryIO]:
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Write `data` so that a reader sees either the old file or the new one, also after kill -9."""
     path = epath.Path(path)
-    if "://" in os.fspath(path):
+    if stores.is_remote(path):
         path.write_bytes(data)
         return
     with writing(path) as f:
@@ -235,11 +237,8 @@ def is_empty(path: epath.PathLike) -> bool:
 def create_exclusive(path: epath.PathLike, data: bytes) -> bool:
     """Create a file if it is absent; False if somebody was first. Whole or absent where there are hard links."""
     path = epath.Path(path)
-    if "://" in os.fspath(path):  # no exclusive create through epath: the claim's lease covers the gap
-        if path.exists():
-            return False
-        path.write_bytes(data)
-        return True
+    if stores.is_remote(path):
+        return stores.create(path, data)
     temporary = _temporary(path)
     try:
         with open(temporary, "xb") as f:
@@ -279,6 +278,26 @@ def _create_under_lock(path: epath.Path, temporary: epath.Path) -> bool:
     finally:
         with contextlib.suppress(OSError):
             os.rmdir(lock)
+
+
+def remove_if(path: epath.Path, stale: bytes, same: Callable[[bytes, bytes], bool]) -> None:
+    """Take away a file that several jobs may have seen, and that one of them may have replaced since.
+
+    Args:
+      stale: what was seen. same: whether a content is that one.
+    """
+    if stores.is_remote(path):
+        stores.remove_if(path, stale)
+        return
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.rename(aside)  # of one file, only one job succeeds
+    except OSError:
+        return
+    moved = aside.read_bytes()
+    if not same(moved, stale):
+        create_exclusive(path, moved)  # give it back
+    aside.unlink()
 
 
 LOCK_S = 60.0  # what is held under the lock takes milliseconds

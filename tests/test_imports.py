@@ -18,21 +18,8 @@ PURE = {
     *("typing", "math", "functools", "dataclasses", "collections"),
 }
 # From the bottom up. A module may import its own room and those before it; two rooms never import each other.
-ROOMS = [
-    "errors",
-    "core",
-    "files",
-    "npz",
-    "hosts",
-    "preemption",
-    "sharding",
-    "limits",
-    "compilation",
-    "cli",
-    "models",
-    "convert",
-    "families",
-]
+ROOMS = ["errors", "core", "stores", "files", "npz", "hosts", "preemption", "sharding", "limits", "compilation", "cli"]
+ROOMS += ["models", "convert", "families"]
 ROOMS += ["data", "config", "store", "generate", "evaluate", "report", "run", "plan", "posthoc", "sample", "main"]
 FORBIDDEN = ("flax", "torch", "tensorflow", "orbax", "matplotlib", "sklearn", "scipy.stats", "optax")
 

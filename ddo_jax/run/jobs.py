@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
-from ddo_jax import files, preemption, sharding
+from ddo_jax import files, preemption, sharding, stores
 from ddo_jax.data.tree import warn
 from ddo_jax.errors import UserError
 
@@ -89,7 +89,7 @@ _WATCH = Watch()
 
 def _age(path: epath.Path) -> float:
     """Seconds since a claim was written, by the file system's clock; 0 where it has none of its own."""
-    if "://" in os.fspath(path):
+    if stores.is_remote(path):
         return 0.0
     with contextlib.suppress(OSError):
         return files.filesystem_time(path.parent) - os.stat(path).st_mtime
@@ -119,21 +119,12 @@ def take(directory: epath.Path, lease_s: float) -> bool:
             return True
         if not is_stale(path, content, lease_s):
             return False
-        _remove(path, content)
+        files.remove_if(path, content, _of_one_job)
     return False
 
 
-def _remove(path: epath.Path, stale: bytes) -> None:
-    """Take a dead claim away; several jobs may see it, and one of them may have put its own there since."""
-    aside = path.with_name(f".claim.{JOB}")
-    try:
-        path.rename(aside)  # of one file, only one job succeeds
-    except OSError:
-        return
-    moved = aside.read_bytes()
-    if _owner(moved)["job"] != _owner(stale)["job"]:
-        files.create_exclusive(path, moved)  # alive: give it back
-    aside.unlink()
+def _of_one_job(claim: bytes, other: bytes) -> bool:
+    return _owner(claim)["job"] == _owner(other)["job"]
 
 
 def _mine(path: epath.Path) -> bool:

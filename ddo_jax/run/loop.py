@@ -325,6 +325,7 @@ class _Loop:
 
     def keep(self, done: int, training_state, score: float | None = None, **more) -> None:
         """A checkpoint."""
+        self.log.flush()
         meta = {"step": done, "evals": [e.record() for e in self.evals], **more}
         self.checkpoints.save(done, training_state, meta, score)
         self.saved, self.saved_at = done, time.monotonic()

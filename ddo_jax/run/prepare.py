@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from ddo_jax import config as configs
-from ddo_jax import files, hosts, sharding
+from ddo_jax import files, hosts, sharding, stores
 from ddo_jax.data import sources
 from ddo_jax.families import Family
 from ddo_jax.generate.sampler import make_sampler
@@ -113,6 +113,7 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> Setup:
 
 
 def _checked(config, workdir: epath.PathLike, console: record.Console) -> tuple[Any, checks.Checked]:
+    stores.reach(workdir)
     config = fill.filled(config, workdir, console.line)
     return config, checks.check(config)
 

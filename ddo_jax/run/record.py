@@ -9,7 +9,9 @@ import time
 
 from etils import epath
 
-from ddo_jax import files
+from ddo_jax import files, stores
+
+REMOTE_S = 15.0  # a record on an object store is written again so often
 
 
 class JsonLines:
@@ -17,15 +19,31 @@ class JsonLines:
 
     def __init__(self, path: epath.PathLike, resume_step: int = 0):
         self.path = epath.Path(path)
-        write_jsonl(self.path, [r for r in files.read_jsonl(self.path) if _is_before(r, resume_step)])
-        self._file = self.path.open("a")
+        kept = [r for r in files.read_jsonl(self.path) if _is_before(r, resume_step)]
+        write_jsonl(self.path, kept)
+        self._remote = stores.is_remote(self.path)  # where nothing can be appended: the whole file again
+        self._records, self._written = kept if self._remote else [], time.monotonic()
+        self._file = None if self._remote else self.path.open("a")
 
     def write(self, record: dict) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            return
+        self._records.append(record)
+        if time.monotonic() - self._written > REMOTE_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """To be called before what makes a run resume behind its records: a checkpoint."""
+        if self._remote:
+            write_jsonl(self.path, self._records)
+            self._written = time.monotonic()
 
     def close(self) -> None:
-        self._file.close()
+        self.flush()
+        if self._file is not None:
+            self._file.close()
 
 
 def _is_before(record: dict, step: int) -> bool:
@@ -42,7 +60,7 @@ class TensorBoard:
 
     def __init__(self, directory: epath.PathLike, enabled: bool = True):
         self._writer, self._directory = None, str(directory)
-        if enabled:
+        if enabled and not stores.is_remote(directory):  # it appends
             with contextlib.suppress(ImportError), self._noting():
                 from tensorboardX.event_file_writer import EventsWriter
                 from tensorboardX.record_writer import directory_check
@@ -152,6 +170,10 @@ class PhaseLog:
         if self._main:
             self._lines.write(record)
             self._board.write(record["step"], record)
+
+    def flush(self) -> None:
+        if self._main:
+            self._lines.flush()
 
     def close(self) -> None:
         if self._main:

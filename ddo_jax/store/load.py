@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ddo_jax import config as configs
-from ddo_jax import convert, files, sharding
+from ddo_jax import convert, files, sharding, stores
 from ddo_jax.convert import names
 from ddo_jax.convert.inert import UnsafeOrDamaged
 from ddo_jax.core.dpm_solver import DPMSettings
@@ -50,6 +50,7 @@ def find(what: str) -> Ours | convert.Released:
     scheme, remote, _ = what.partition("://")
     if not remote or scheme in ("gs", "s3", "file"):  # of others epath knows nothing
         path = epath.Path(what).expanduser()
+        stores.reach(path)
         if path.is_dir():
             return _find_ours(path)
     local = names.resolve(what)
@@ -69,7 +70,7 @@ def _find_ours(path: epath.Path) -> Ours:
     if path.name != "checkpoints":
         candidates = [path / "best" / "checkpoints", path / "checkpoints"]
         path = next((p for p in candidates if p.exists()), candidates[0])
-    for parent in path.absolute().parents:
+    for parent in files.literal(path).parents:
         try:
             config = files.read_sealed(parent / "config.json")
         except files.Damaged as e:

@@ -11,7 +11,7 @@ import jax
 from etils import epath
 
 from ddo_jax import config as configs
-from ddo_jax import files, hosts, sharding
+from ddo_jax import files, hosts, sharding, stores
 from ddo_jax.errors import UserError
 from ddo_jax.store import checkpoint
 
@@ -134,7 +134,7 @@ def _try_out(workdir: epath.Path) -> None:
       OSError, UserError: see `open_workdir`, `checkpoint.try_out`.
     """
     checkpoint.check_name(files.literal(workdir))
-    new = [p for p in (workdir, *workdir.parents) if not p.exists()]
+    new = [] if stores.is_remote(workdir) else [p for p in (workdir, *workdir.parents) if not p.exists()]
     lead = jax.process_index() == 0
     try:
         _by_first(workdir, lambda: workdir.mkdir(parents=True, exist_ok=True))

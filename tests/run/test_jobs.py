@@ -211,9 +211,10 @@ def test_a_file_in_place_of_a_folder(tmp_path, where):
 def test_two_jobs_find_one_dead_claim(tmp_path):
     """Breaks if the slower of two jobs that saw a dead claim takes away the claim of the faster one."""
     claim(epath.Path(tmp_path), job="faster")
-    jobs._remove(epath.Path(tmp_path) / "claim.json", b'{"job": "dead", "host": "h", "pid": 1}')
+    path, dead = epath.Path(tmp_path) / "claim.json", b'{"job": "dead", "host": "h", "pid": 1}'
+    files.remove_if(path, dead, jobs._of_one_job)
     assert json.loads((tmp_path / "claim.json").read_text())["job"] == "faster"
-    jobs._remove(epath.Path(tmp_path) / "claim.json", b'{"job": "faster", "host": "h", "pid": 1}')
+    files.remove_if(path, dead.replace(b"dead", b"faster"), jobs._of_one_job)
     assert list(tmp_path.iterdir()) == []
 
 
