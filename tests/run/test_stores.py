@@ -16,7 +16,6 @@ from ddo_jax.run import jobs, record
 from tests import gcs
 from tests.run import test_kill, test_processes
 
-pytest.importorskip("gcsfs")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
