@@ -30,12 +30,12 @@ class Preempted(BaseException):
       code: to exit with. line: to say.
     """
 
-    def __init__(self, kept: str = "what was finished is kept"):
+    def __init__(self, kept: str = ""):
         super().__init__(kept)
         signum = _Asked.signum
         self.code = INTERRUPTED if signum == signal.SIGINT else PREEMPTED
         asked = "another process was told to leave" if signum is None else signal.Signals(signum).name
-        self.line = f"{asked}: {kept}; the same command continues"
+        self.line = f"{asked}: {kept or 'what was finished is kept'}; the same command continues"
 
 
 class _Asked:
