@@ -34,6 +34,9 @@ _DISTRIBUTED = {
     "process_id": flags.DEFINE_integer("process_id", None, cli.DISTRIBUTED["process_id"]),
 }
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config, sizes and the plan, and stop")
+_PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "FIRST-LAST, as in 20-30: a trace of these steps of a round, in WORKDIR/profile"
+)
 _IMAGES_PER_S = flags.DEFINE_list(
     "images_per_s",
     None,
@@ -109,7 +112,7 @@ def main(argv):
             else:
                 kept = f"{workdir} keeps what is finished, up to the last whole checkpoint; make room: the same command"
                 with files.full_disk(f"{kept} continues"):
-                    main_job.run(config, workdir)
+                    main_job.run(config, workdir, _PROFILE_STEPS.value)
     except UserError as e:
         cli.fail(str(e))
     except OSError as e:  # a file of the run: it cannot be read, it is a folder, the file system is gone

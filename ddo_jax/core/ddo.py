@@ -392,8 +392,10 @@ def pair_objective(
     """
     sizes = pair.sizes()
     examples, draws = interleave(pair.real, pair.fake), interleave(*pair.draws_of_each())
-    s = score(params, examples, draws)
-    s_ref = score(ref_params, examples, draws) if pair.s_ref is None else interleave(*pair.s_ref)
+    with jax.named_scope("target"):
+        s = score(params, examples, draws)
+    with jax.named_scope("reference"):
+        s_ref = score(ref_params, examples, draws) if pair.s_ref is None else interleave(*pair.s_ref)
     r = _rows("ratio(...)", ratio(s, jax.lax.stop_gradient(s_ref), examples, draws))
     return loss(*apart(r, *sizes), apart(s, *sizes))
 

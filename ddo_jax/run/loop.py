@@ -140,10 +140,13 @@ def _run(phases: list[Phase], setup: Setup, until: int | None) -> list["_Loop"]:
             for done in range(first + 1, until + 1):
                 if not (going := [loop for loop in loops if loop.failed is None]):
                     break
-                real, fake, s_ref = next(data)
-                for loop in going:
-                    if loop.first < done:  # else its checkpoint is ahead of the others'
-                        loop.advance(done, real, fake, s_ref)
+                setup.profile.before(phases[0].section, done)
+                with jax.profiler.StepTraceAnnotation("step", step_num=done):
+                    real, fake, s_ref = next(data)
+                    for loop in going:
+                        if loop.first < done:  # else its checkpoint is ahead of the others'
+                            loop.advance(done, real, fake, s_ref)
+                setup.profile.after(done, [loop.state for loop in going])
                 preemption.check()
         except preemption.Preempted:
             kept = [loop.leave() for loop in loops]

@@ -15,21 +15,25 @@ from ddo_jax.evaluate.neighbours import distance_among, nearest_distance, some_i
 from ddo_jax.evaluate.records import Evaluation, Round
 from ddo_jax.generate.seeds import seed_range
 from ddo_jax.report import plots, report
-from ddo_jax.run import costs, jobs, publish, record, rounds
+from ddo_jax.run import costs, jobs, profile, publish, record, rounds
 from ddo_jax.run.candidates import divide
 from ddo_jax.run.checks import FEW
 from ddo_jax.run.prepare import Setup, prepare
 from ddo_jax.run.scoring import evaluations
 
 
-def run(config, workdir: epath.PathLike) -> epath.Path:
+def run(config, workdir: epath.PathLike, profile_steps: str | None = None) -> epath.Path:
     """Do the whole job, or what is left of it, in `workdir`; the path of the report.
+
+    Args:
+      profile_steps: "20-30": of the first candidate that comes to step 20, a trace is written (`run.profile`).
 
     Raises:
       UserError: what a user can mend; nothing is overwritten.
     """
     console = record.Console()
-    setup = prepare(config, workdir, console)
+    traced = profile.of_flag(profile_steps, config, workdir, console.line)
+    setup = dataclasses.replace(prepare(config, workdir, console), profile=traced)
     config = setup.config
     start = rounds.begin(setup)
     systems = {"start": start}

@@ -14,6 +14,7 @@ from ddo_jax.data import sources
 from ddo_jax.families import Family
 from ddo_jax.generate.sampler import make_sampler
 from ddo_jax.run import checks, fill, jobs, record, reference_scores, scoring, state, step
+from ddo_jax.run.profile import Profile
 from ddo_jax.store import classes, load
 from ddo_jax.store import workdir as workdirs
 from ddo_jax.store.checkpoint import weights_digest
@@ -48,7 +49,7 @@ class Setup:
       config, workdir, mesh: of the run. family, frozen: of its network.
       data: source of real images. training_data: what training reads: data, or its tokens.
       programs, scorer: see there. init: parameters to start from; None: from scratch. drawn: those of them that were
-        drawn anew, for other classes; None where none are adapted.
+        drawn anew, for other classes; None where none are adapted. profile: of steps.
     """
 
     config: Any
@@ -63,6 +64,7 @@ class Setup:
     console: record.Console
     init: Any = None
     drawn: tuple[str, ...] | None = None
+    profile: Profile = Profile()
 
 
 def prepare(config, workdir: epath.PathLike, console: record.Console) -> Setup:

@@ -161,6 +161,7 @@ def decayed(c, seen, total: float):
     return schedules.cosine(seen, lr=c.weight_decay, final_lr=c.final_weight_decay, warmup=0, total=total - c.batch)
 
 
+@jax.named_scope("update")
 def advance(training: Training, state, grads, lr):
     """Optimizer step, EMAs of its (unprojected) output, step count. lr: of the candidate, before the schedule."""
     c, total = training.config, training.total
@@ -230,7 +231,8 @@ def make_step(training: Training):
 
     def step(state, totals, inputs: Inputs):
         keys = step_keys(inputs.key, state["step"])
-        params = family.project(state["params"], training.objective)
+        with jax.named_scope("project"):
+            params = family.project(state["params"], training.objective)
         with sharding.rows_over(mesh):
             grads, stats = gradients(training, params, inputs, keys)
         stats["grad_norm"] = measured(optax.tree.norm(grads)[None])

@@ -1,6 +1,8 @@
 """The inner loop: resuming, stopping at the first bad number, its records."""
 
 import dataclasses
+import gzip
+import json
 
 import jax
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from ddo_jax import convert, files, preemption
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate.records import Evaluation, Protocol
-from ddo_jax.run import candidates, jobs, loop
+from ddo_jax.run import candidates, jobs, loop, profile
 from ddo_jax.store import snapshots
 from tests.harness import random_variables
 
@@ -225,3 +227,24 @@ def test_a_checkpoint_after_so_many_minutes(run, monkeypatch):
     saved.clear()
     loop.train(dataclasses.replace(phase, save_every=None), timed)
     assert saved == [4]
+
+
+def test_steps_are_traced(run, tmp_path):
+    """Breaks if the trace of --profile_steps is not written, is empty, or does not name its steps."""
+    phase, setup = run("traced", 4)
+    said = []
+    traced = profile.Profile((2, 3), "pretrain", str(tmp_path / "profile"), said.append)
+    loop.train(phase, dataclasses.replace(setup, profile=traced))
+    assert said == [f"trace of steps 2 to 3: {tmp_path / 'profile'}"]
+    (path,) = (tmp_path / "profile").glob("**/perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    assert {e["args"]["step_num"] for e in events if e.get("name") == "step"} == {"2", "3"}
+    assert list((tmp_path / "profile").glob("**/*.xplane.pb"))
+
+
+@pytest.mark.parametrize("text", ["20", "30-20", "0-3", "a-b", "1-2-3", ""])
+def test_steps_that_are_none(text, tmp_path, setup):
+    with pytest.raises(UserError, match="^--profile_steps: .*allowed: FIRST-LAST"):
+        profile.of_flag(text, setup.config, tmp_path, print)
+    with pytest.raises(UserError, match="allowed: a local --workdir"):
+        profile.of_flag("1-2", setup.config, "gs://bucket/run", print)
