@@ -289,7 +289,7 @@ def remove_if(path: epath.Path, stale: bytes, same: Callable[[bytes, bytes], boo
     if stores.is_remote(path):
         stores.remove_if(path, stale)
         return
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    aside = _temporary(path)
     try:
         path.rename(aside)  # of one file, only one job succeeds
     except OSError:

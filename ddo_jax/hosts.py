@@ -18,9 +18,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ddo_jax.errors import UserError
+from ddo_jax.errors import UserError, one_line
 
 POLL_S = 0.2  # between two attempts to connect
+GUEST_S = 5.0  # a connection that has said nothing for so long is no process of a run
+SAYS = {"process_id", "num_processes", "host", "about"}  # what a process says of itself
 MOST_BYTES = 2**20  # of what a process says of itself
 T = TypeVar("T")
 WAYS = "--coordinator=HOST:PORT --num_processes=N --process_id=I, or a launcher that JAX knows (Slurm, GKE, TPU, MPI)"
@@ -102,7 +104,7 @@ def _of_torchrun(environ: Mapping[str, str]) -> dict[str, tuple[str, str | None]
 
 def _local_device(environ: Mapping[str, str], source: str) -> int | None:
     """torchrun starts a process for each GPU of a host."""
-    if source != "RANK" or int(environ.get("LOCAL_WORLD_SIZE") or 1) == 1:
+    if source != "RANK" or _whole("LOCAL_WORLD_SIZE", environ.get("LOCAL_WORLD_SIZE") or 1) == 1:
         return None
     return _whole("LOCAL_RANK", environ.get("LOCAL_RANK"))
 
@@ -135,9 +137,7 @@ def start(hosts: Hosts | None, about: dict[str, Any], *, start_s: float, heartbe
         try:
             jax.distributed.initialize(**waits)
         except (ValueError, RuntimeError) as e:
-            raise UserError(
-                f"--distributed: no cluster is known here ({str(e).splitlines()[0]}); allowed: {WAYS}"
-            ) from None
+            raise UserError(f"--distributed: JAX found no cluster here ({one_line(e)}); allowed: {WAYS}") from None
     else:
         meet(hosts, about, start_s)
         jax.distributed.initialize(*hosts[:3], local_device_ids=hosts.local_device, **waits)
@@ -226,7 +226,7 @@ def _host(hosts: Hosts, own: dict, deadline: float, start_s: float) -> str:
         server = socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=hosts.num_processes)
     except OSError as e:
         return f"--coordinator: port {port} cannot be used here: {e.strerror or e}; allowed: a free one, of process 0"
-    guests: dict[int, tuple[socket.socket, dict]] = {}
+    guests: list[tuple[socket.socket, dict]] = []
     problem = ""
     with server, contextlib.ExitStack() as stack:
         while not problem and len(guests) < hosts.num_processes - 1:
@@ -234,28 +234,30 @@ def _host(hosts: Hosts, own: dict, deadline: float, start_s: float) -> str:
             try:
                 guest, _ = server.accept()
             except TimeoutError:
-                missing = [str(i) for i in range(1, hosts.num_processes) if i not in guests]
+                missing = [
+                    str(i) for i in range(1, hosts.num_processes) if i not in [g["process_id"] for _, g in guests]
+                ]
                 problem = (
                     f"process {', '.join(missing)} of {hosts.num_processes} did not come to {hosts.coordinator} within "
                     f"{start_s:g} s; start it with the same --coordinator and --num_processes"
                 )
                 break
             stack.enter_context(guest)
-            if (told := _heard(guest)) is None:  # of no process of a run
+            guest.settimeout(GUEST_S)
+            if (told := _heard(guest, SAYS)) is None:  # of no process of a run
                 continue
-            problem = _unfit(hosts, own, guests, told)
-            guests[told["process_id"]] = guest, told
-        told = [own, *(told for _, (_, told) in sorted(guests.items()))]
-        problem = problem or difference(told)
-        for guest, _ in guests.values():
+            problem = _unfit(hosts, own, [other for _, other in guests], told)
+            guests.append((guest, told))
+        problem = problem or difference([own, *sorted((told for _, told in guests), key=lambda g: g["process_id"])])
+        for guest, _ in guests:
             _tell(guest, {"problem": problem})
-        for guest, _ in guests.values():  # they hang up first: else the port would stay busy for JAX
+        for guest, _ in guests:  # they hang up first: else the port would stay busy for JAX
             with contextlib.suppress(OSError):
                 guest.recv(1)
     return problem
 
 
-def _unfit(hosts: Hosts, own: dict, guests: dict, told: dict) -> str:
+def _unfit(hosts: Hosts, own: dict, others: list[dict], told: dict) -> str:
     """Why this process cannot be one of the run, or ""."""
     i, number = told["process_id"], told["num_processes"]
     if number != hosts.num_processes:
@@ -263,9 +265,10 @@ def _unfit(hosts: Hosts, own: dict, guests: dict, told: dict) -> str:
             f"--num_processes: {number} in process {i} ({told['host']}), {hosts.num_processes} in process 0 "
             f"({own['host']}); all processes of a run must be alike"
         )
-    if i in guests:
-        return f"--process_id: {i} on {told['host']} and on {guests[i][1]['host']}; every process has its own"
-    return ""
+    twin = next((other for other in others if other["process_id"] == i), None)
+    return (
+        "" if twin is None else f"--process_id: {i} on {told['host']} and on {twin['host']}; every process has its own"
+    )
 
 
 def _visit(hosts: Hosts, own: dict, deadline: float, start_s: float) -> str:
@@ -276,7 +279,7 @@ def _visit(hosts: Hosts, own: dict, deadline: float, start_s: float) -> str:
         try:
             with socket.create_connection((name.strip("[]"), int(port)), timeout=left) as server:
                 _tell(server, own)
-                answer = _heard(server)
+                answer = _heard(server, {"problem"})
                 if answer is None:
                     raise OSError("it answers, but not as process 0 of such a run")
                 return answer["problem"]
@@ -294,11 +297,11 @@ def _tell(peer: socket.socket, value: dict) -> None:
         peer.sendall(json.dumps(value).encode() + b"\n")
 
 
-def _heard(peer: socket.socket) -> dict | None:
-    """One line of JSON; None if it is none, or nothing comes."""
+def _heard(peer: socket.socket, keys: set[str]) -> dict | None:
+    """One line of JSON with these keys; None if it is none, or nothing comes."""
     with contextlib.suppress(OSError, ValueError, RecursionError), peer.makefile("rb") as lines:
         told = json.loads(lines.readline(MOST_BYTES))
-        if isinstance(told, dict) and ("problem" in told or {"process_id", "num_processes", "about"} <= told.keys()):
+        if isinstance(told, dict) and keys <= told.keys():
             return told
     return None
 

@@ -74,7 +74,8 @@ def test_other_numbers():
 
 
 def test_one_number_twice():
-    assert any("--process_id: 1 on" in text for text in meeting(3, coming=[0, 1, 1]))
+    told = meeting(3, coming=[0, 1, 1])
+    assert told[0] == told[1] and told[0].startswith("--process_id: 1 on ")
 
 
 def test_a_taken_port():
@@ -84,7 +85,7 @@ def test_a_taken_port():
     assert f"port {port} cannot be used here" in told[0]
 
 
-def test_strangers_are_not_heard():
+def test_strangers_are_not_heard(monkeypatch):
     """Breaks if a port scanner, or a web server at the port, is taken for a process."""
     port = free_port()
 
@@ -97,6 +98,22 @@ def test_strangers_are_not_heard():
     thread.start()
     assert "process 1 of 2 did not come" in meeting(2, start_s=2.0, coming=[0], port=port)[0]
     thread.join()
+
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setattr(hosts, "GUEST_S", 0.2)
+    held = []
+
+    def silent():
+        time.sleep(0.1)
+        held.append(socket.create_connection(("localhost", port)))
+        held[0].sendall(b'{"problem": ""}\n{')
+
+    thread = threading.Thread(target=silent)
+    thread.start()
+    assert "process 1 of 2 did not come" in meeting(2, start_s=1.0, coming=[0], port=port)[0]
+    thread.join()
+    held[0].close()
 
     def serve(server):
         with server, server.accept()[0] as guest:

@@ -151,6 +151,7 @@ def _run(phases: list[Phase], setup: Setup, until: int | None) -> list["_Loop"]:
         except preemption.Preempted:
             kept = [loop.leave() for loop in loops]
             raise preemption.Preempted(", ".join(text for text in kept if text)) from None
+        setup.profile.stop(until, [loop.state for loop in loops])  # of a phase that is shorter
         for loop in loops:
             loop.finish()
     return loops

@@ -53,6 +53,8 @@ def run(config, workdir: epath.PathLike, profile_steps: str | None = None) -> ep
     publish.publish_views(setup)
     publish.publish_best(setup, ref)
     path = make_report(setup, systems, scores, played)
+    if traced.waits:
+        console.line(f"--profile_steps: {profile_steps}: no phase came to the first of them; nothing was traced")
     console.line(f"report: {path}")
     return path
 

@@ -43,6 +43,16 @@ class Profile:
     def after(self, step: int, results) -> None:
         """results: what the step computes, to be waited for."""
         if self._on and step >= self._steps[1]:
+            self.stop(step, results)
+
+    @property
+    def waits(self) -> bool:
+        """Whether no phase has come to the first of the steps."""
+        return self._steps is not None and not self._on
+
+    def stop(self, step: int, results) -> None:
+        """End a trace that goes on; step: the last one in it."""
+        if self._on:
             jax.block_until_ready(results)
             jax.profiler.stop_trace()
             self._say(f"trace of steps {self._steps[0]} to {step}: {self._directory}")

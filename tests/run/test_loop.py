@@ -242,6 +242,16 @@ def test_steps_are_traced(run, tmp_path):
     assert list((tmp_path / "profile").glob("**/*.xplane.pb"))
 
 
+def test_a_phase_shorter_than_its_trace(run, tmp_path):
+    """Breaks if the trace of a short phase goes on over all that follows."""
+    phase, setup = run("short", 3)
+    said = []
+    loop.train(
+        phase, dataclasses.replace(setup, profile=profile.Profile((2, 9), "pretrain", str(tmp_path), said.append))
+    )
+    assert said == [f"trace of steps 2 to 3: {tmp_path}"]
+
+
 @pytest.mark.parametrize("text", ["20", "30-20", "0-3", "a-b", "1-2-3", ""])
 def test_steps_that_are_none(text, tmp_path, setup):
     with pytest.raises(UserError, match="^--profile_steps: .*allowed: FIRST-LAST"):
