@@ -1,28 +1,29 @@
-"""Compile the real DDO step ahead of time for accelerators that are not here: memory per chip and collectives.
+"""Compile the real DDO step ahead of time for accelerators that are not here: memory, FLOPs, collectives.
 
-    python benchmarks/aot.py --target=cuda --devices=1 --batch=64 --remat      # one H100 of 80 GB
-    python benchmarks/aot.py --target=cuda --devices=8 --batch=512 --fsdp=8    # eight of them
-    python benchmarks/aot.py --target=tpu --batch=512 --fsdp=16                # v5e:4x4
-    python benchmarks/aot.py --target=tpu --small                              # a tiny network: does it work here?
+    python -m benchmarks.aot --target=h100:1 --batch=512 --accumulation=8        # one H100 of 80 GB
+    python -m benchmarks.aot --target=h100:8 --fsdp=8                            # eight of them
+    python -m benchmarks.aot --target=v5e:4x4 --fsdp=16 --config=edm2_in512      # a slice of 16 chips
+    python -m benchmarks.aot --target=v5e:2x2 --config=digits:unet               # small: does it work here?
 
-Prints one JSON line; minutes per program, so no test runs it. Needs no accelerator and no driver, only the compilers:
+Prints one JSON line; minutes per program of the real size. Needs no accelerator and no driver, only the compilers:
 `pip install 'jax[tpu]==V'` (libtpu), or `pip install --no-deps jax-cuda13-plugin==V jax-cuda13-pjrt==V` with V the
 version of jax. Nothing of the real size is allocated: shapes go in, a program comes out.
 
-"expected" is the estimate of `--dry_run` (ddo_jax/plan/memory.py), computed before the compiler is asked. A program
-that does not fit is an error on a TPU, which is recorded, and none on a GPU: compare peak_bytes with memory_bytes.
-Compiled with the fast settings (`effort`), which over-estimate memory a little; without a GPU nothing is autotuned,
-so the workspace of cuDNN's convolutions is not in these figures.
+"expected" is the estimate of `--dry_run` (ddo_jax/plan/memory.py), computed before the compiler is asked; the bytes
+are of one device. A program that does not fit is an error on a TPU, which is recorded, and none on a GPU: compare
+peak_memory_bytes with memory_bytes. "flops" are those of products and convolutions of one step over all devices, with
+what remat computes again. Compiled with the fast settings (`effort`), which over-estimate memory a little; without a
+GPU nothing is autotuned, so the workspace of cuDNN's convolutions is not in these figures.
 """
 
 import argparse
-import collections
 import math
 import os
-import re
 import sys
 import time
 from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 # The values of openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb (commit 0774019d97e7, Apache-2.0):
 # what XLA needs to know of an H100 SXM to compile for it; the versions are that file's dnn_version and runtime_version.
@@ -43,44 +44,45 @@ dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 12 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-H100_BYTES = 84942979072  # device_memory_size above
-V5E_BYTES = int(15.75 * 2**30)  # what the compiler says a chip has
-COLLECTIVES = r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+# What a compiler says a device has (v5e), device_memory_size above, or the vendor's figure (v5p, v6e: 95 and 31.25 GiB
+# are what the compilers named in their own errors)
+MEMORY = {"h100": 84942979072, "v5e": int(15.75 * 2**30), "v5p": int(95.74 * 2**30), "v6e": int(31.25 * 2**30)}
 
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--target", choices=("tpu", "cuda"), required=True)
-    p.add_argument("--topology", help="default: tpu v5e:4x4; cuda 1x1xN of --devices")
-    p.add_argument("--devices", type=int, default=8, help="cuda: GPUs of one machine")
+    p.add_argument("--target", required=True, help="h100:N, or a slice of TPUs as v5e:4x4, v5p:2x2x2, v6e:4x4")
     p.add_argument("--config", default="edm2_in64", help="of configs/, with a variant: var_in256:d30")
-    p.add_argument("--batch", type=int, default=512, help="real images a step, over all devices; as many fakes")
+    p.add_argument("--batch", type=int, help="real images a step, over all devices; default: the config's")
     p.add_argument("--accumulation", type=int, default=1)
     p.add_argument("--fsdp", type=int, default=1)
-    p.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument("--remat", action=argparse.BooleanOptionalAction, help="default: the config's")
     p.add_argument("--effort", type=float, default=-1.0, help="-1: compile fast; 0: the compiler's default")
-    p.add_argument("--small", action="store_true", help="a tiny network on 8 x 8 images")
+    p.add_argument("--text", help="file to write the compiled program to, for benchmarks.hlo")
     return p.parse_args()
 
 
 def environment(target: str) -> None:
     """Must come before jax is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    if target == "tpu":
-        os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    else:  # neither autotuning nor Triton's search works without a device
+    if target.startswith("h100"):  # neither autotuning nor Triton's search works without a device
         os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    else:
+        os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
 
-def topology(a):
+def devices_of(target: str):
     import jax
     from jax.experimental import topologies
 
     jax.devices()  # registers the plugins
-    if a.target == "tpu":
-        return topologies.get_topology_desc(platform="tpu", topology_name=a.topology or "v5e:4x4")
-    shape = a.topology or f"1x1x{a.devices}"
-    return topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H100, topology=shape)
+    chip, _, shape = target.partition(":")
+    if chip != "h100":
+        return topologies.get_topology_desc(platform="tpu", topology_name=target).devices
+    described = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=H100, topology=f"1x1x{shape}"
+    )
+    return described.devices
 
 
 def configuration(a):
@@ -88,15 +90,15 @@ def configuration(a):
     import importlib
 
     file, _, variant = a.config.partition(":")
-    config = importlib.import_module(f"configs.{file}").get_config("runlocal" if a.small else variant)
-    config.ddo.update(batch=a.batch, accumulation=a.accumulation)
-    config.remat = a.remat
+    config = importlib.import_module(f"configs.{file}").get_config(variant)
+    config.ddo.update(batch=a.batch or config.ddo.batch, accumulation=a.accumulation)
+    config.remat = config.remat if a.remat is None else a.remat
     config.mesh.fsdp = a.fsdp
     return config
 
 
-def lower(config, mesh):
-    """The DDO step of a run (run/step.py), lowered for the devices of `mesh` from shapes alone."""
+def traced(config, mesh):
+    """The DDO step of a run (run/step.py), traced for the devices of `mesh` from shapes alone."""
     import jax
     import jax.numpy as jnp
 
@@ -129,14 +131,36 @@ def lower(config, mesh):
         ref=None if asked else sharding.abstract(mesh, params),
         s_ref=(said, said) if asked else None,
     )
-    traced = step.make_step(training).trace(sharding.abstract(mesh, shapes), rest[0], inputs)
-    return traced.lower(lowering_platforms=(mesh.devices.flat[0].platform.replace("gpu", "cuda"),))
+    return step.make_step(training).trace(sharding.abstract(mesh, shapes), rest[0], inputs)
+
+
+def products(jaxpr) -> float:
+    """FLOPs of the products and convolutions of a program, loops as often as they run."""
+    from ddo_jax.plan.memory import inner_programs
+
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * summed(eqn)
+        inside = sum(products(p) for p in inner_programs(eqn))
+        total += inside * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
+    return total
+
+
+def summed(eqn) -> int:
+    """How many products are summed for one number of what an equation gives."""
+    left, right = (v.aval.shape for v in eqn.invars[:2])
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return math.prod(left[i] for i in contracted)
+    _, inputs, *window = eqn.params["dimension_numbers"].rhs_spec
+    return math.prod(right[i] for i in (inputs, *window))
 
 
 def main() -> None:
     a = arguments()
     environment(a.target)
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    import hlo
     import jax
     from common import report
 
@@ -146,34 +170,32 @@ def main() -> None:
 
     jax.config.update("jax_exec_time_optimization_effort", a.effort)
     jax.config.update("jax_memory_fitting_effort", a.effort)
-    described = topology(a)
-    mesh = sharding.make_mesh(a.fsdp, described.devices)
-    config = configuration(a)
-    devices = math.prod(mesh.shape.values())
+    described = devices_of(a.target)
+    mesh, config = sharding.make_mesh(a.fsdp, described), configuration(a)
     numbers = {
-        "expected": memory.step_bytes(get_family(config), config.ddo, "ddo", devices, a.fsdp),
-        "memory_bytes": {"tpu": V5E_BYTES, "cuda": H100_BYTES}[a.target],
+        "expected": memory.step_bytes(get_family(config), config.ddo, "ddo", mesh.size, a.fsdp),
+        "memory_bytes": MEMORY[a.target.partition(":")[0]],
     }
     print("expected", numbers, file=sys.stderr, flush=True)
     began = time.perf_counter()
-    lowered = lower(config, mesh)
+    program = traced(config, mesh)
+    numbers["flops"] = products(program.jaxpr.jaxpr)
+    lowered = program.lower(lowering_platforms=("cuda" if a.target.startswith("h100") else "tpu",))
     numbers["lower_s"] = round(time.perf_counter() - began, 1)
     began = time.perf_counter()
     try:
         compiled = lowered.compile()
-        found = compiled.memory_analysis()
+        found, text = compiled.memory_analysis(), compiled.as_text()
         names = [n for n in dir(found) if n.endswith("_in_bytes") and not n.startswith(("host", "_"))]
         numbers |= {n.removesuffix("_in_bytes") + "_bytes": getattr(found, n) for n in sorted(names)}
-        numbers["collectives"] = dict(collections.Counter(re.findall(COLLECTIVES, compiled.as_text())))
+        numbers["collectives"] = hlo.summary(text)
+        if a.text:
+            Path(a.text).write_text(text)
     except jax.errors.JaxRuntimeError as e:
         numbers["error"] = str(e)[:600]
     numbers["compile_s"] = round(time.perf_counter() - began, 1)
-    report(
-        "aot/" + ("small" if a.small else a.config),
-        **{**vars(a), "devices": devices},
-        device=described.devices[0].device_kind,
-        **numbers,
-    )
+    own = {**vars(a), "batch": config.ddo.batch, "remat": config.remat, "devices": mesh.size}
+    report(f"aot/{a.config}", **own, device=described[0].device_kind, **numbers)
 
 
 if __name__ == "__main__":

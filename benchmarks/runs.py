@@ -42,7 +42,7 @@ def beside(run: Path, scratch: Path, metrics: tuple[str, ...] = (), **given):
 def start(setup, run: Path):
     """What the rounds started from."""
     if setup.init is not None:
-        return setup.init
+        return setup.init()
     step = jobs.result_of(run / "pretrain")["steps"]
     return restore_ema(run / "pretrain/checkpoints", step, rounds.abstract_params(setup))
 

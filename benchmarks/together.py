@@ -35,11 +35,12 @@ def prepared(name: str, together: int, batch: int | None, steps: int, scratch: P
     config.ddo.length.update(steps=steps, mimg=None, epochs=None)
     setup = prepare(config, scratch, record.Console())
     ref = jax.jit(setup.family.init)(jax.random.key(0))[0]
-    first, anchor = rounds.anchors(setup.family, setup.mesh, ref)
+    first, make_anchor = rounds.anchors(setup.family, setup.mesh, lambda: ref)
+    anchor = make_anchor()
     directory = setup.workdir / "pool"
     if config.ddo.pool:
         directory.mkdir()
-        pools.files.write_sealed(directory / pools.MARKER, fakes.make_pool(setup, directory, ref, 0))
+        pools.files.write_sealed(directory / pools.MARKER, fakes.make_pool(setup, directory, lambda: ref, 0))
     pool = functools.cache(lambda: pools.open_pool(directory))
 
     def make(n: int, tag: str, steps: int) -> list[loop.Phase]:

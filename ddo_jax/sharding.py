@@ -5,6 +5,8 @@ Beside `errors` and `files` at the bottom of the package: training, sampling and
 
 import contextlib
 import contextvars
+import functools
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -63,7 +65,7 @@ _MESH = contextvars.ContextVar("mesh", default=None)  # of the program that is b
 
 @contextlib.contextmanager
 def rows_over(mesh: Mesh):
-    """Around the trace of a program: `rows` keeps its batches over all devices of the mesh."""
+    """Around the trace of a program: `rows` keeps its batches over all devices, `whole` gathers its weights."""
     token = _MESH.set(mesh)
     try:
         yield
@@ -81,6 +83,29 @@ def rows(x):
     return x if mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
+def whole(weight):
+    """A weight as it is multiplied: gathered on every device, where a program is traced for some; else as it is.
+
+    Left to itself XLA gathers no kernel of a convolution on a TPU: every convolution becomes a loop over the shards,
+    which go round the ring while a slice of the channels is computed (docs/scaling.md). Its gradient is scattered.
+    """
+    mesh = _MESH.get()
+    return weight if mesh is None or mesh.shape["fsdp"] == 1 else _gathered(weight, mesh)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(weight, mesh):
+    return jax.lax.with_sharding_constraint(weight, replicated(mesh))
+
+
+def _scattered(mesh, _, gradient):
+    rule = NamedSharding(mesh, leaf_spec(gradient.shape, mesh.shape["fsdp"]))
+    return (jax.lax.with_sharding_constraint(gradient, rule),)
+
+
+_gathered.defvjp(lambda weight, mesh: (_gathered(weight, mesh), None), _scattered)
+
+
 def tree_sharding(mesh: Mesh, tree):
     """The rule for every leaf of parameters, optimizer state, EMA, reference (arrays or their shapes)."""
     return jax.tree.map(lambda x: NamedSharding(mesh, leaf_spec(np.shape(x), mesh.shape["fsdp"])), tree)
@@ -96,6 +121,41 @@ def abstract(mesh: Mesh, tree):
 def place(mesh: Mesh, tree):
     """Put a pytree onto the mesh by the rule."""
     return jax.device_put(tree, tree_sharding(mesh, tree))
+
+
+class Parked:
+    """A pytree in the memory of the hosts instead of that of the devices; called, it is back on these.
+
+    Every host keeps each of its shards once, however many of its devices hold it. For parameters that a run needs
+    again, but not in its steps: there they would take the place of activations.
+    """
+
+    def __init__(self, tree):
+        self._tree = jax.tree.map(_on_host, tree)
+
+    def __call__(self):
+        return jax.tree.map(_on_devices, self._tree, is_leaf=lambda x: isinstance(x, _Shards))
+
+
+class _Shards(NamedTuple):
+    """An array's shape and sharding, and this host's shards of it by their place."""
+
+    shape: tuple[int, ...]
+    sharding: jax.sharding.Sharding
+    data: dict[tuple, np.ndarray]
+
+
+def _place(index: tuple[slice, ...]) -> tuple:
+    return tuple((s.start, s.stop) for s in index)
+
+
+def _on_host(x: jax.Array) -> _Shards:
+    once = {_place(s.index): s for s in x.addressable_shards}
+    return _Shards(x.shape, x.sharding, {place: np.asarray(s.data) for place, s in once.items()})
+
+
+def _on_devices(x: _Shards) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, x.sharding, lambda index: x.data[_place(index)])
 
 
 def own_rows(batch: int) -> slice:

@@ -29,6 +29,7 @@ from ddo_jax.models.edm_layers import (
     attention_weights,
     convolve,
     downsample,
+    multiply,
     split_qkv,
     upsample,
 )
@@ -120,7 +121,7 @@ class MPConv(nn.Module):
         if gain is not None:
             scale = gain.astype(wide) * scale
         weight = (normalize_weight(weight.astype(wide)) * scale).astype(x.dtype)
-        return convolve(x, weight, self.kernel // 2) if self.kernel else x @ weight
+        return convolve(x, weight, self.kernel // 2) if self.kernel else multiply(x, weight)
 
 
 def project(params, *, logvar: bool = False):

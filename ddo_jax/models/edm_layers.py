@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddo_jax import sharding
+
 # ----------------------------------------------------------------------------------------------------
 # Initialisation (section 8)
 
@@ -91,6 +93,11 @@ class GroupNorm(nn.Module):
         return (h * row(weight, h) + row(bias, h)).astype(x.dtype)
 
 
+def multiply(x, weight):
+    """x [..., in] @ weight [in, out], in the dtype of x."""
+    return x @ sharding.whole(weight.astype(x.dtype))
+
+
 class Linear(nn.Module):
     """Section 2.1. x [B, in] -> [B, features] in the dtype of x."""
 
@@ -101,7 +108,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x):
         weight, bias = weight_and_bias(self, (x.shape[-1], self.features), self.scheme, self.use_bias)
-        y = x @ weight.astype(x.dtype)
+        y = multiply(x, weight)
         return y if bias is None else y + row(bias, y)
 
 
@@ -138,8 +145,8 @@ def upsample(x, taps, pad: int):
 
 def convolve(x, weight, pad: int):
     """Cross-correlation of x [B,H,W,Ci] with weight [k,k,Ci,Co], stride 1, `pad` zeros on each side."""
-    layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, weight.astype(x.dtype), (1, 1), [(pad, pad)] * 2, dimension_numbers=layout)
+    layout, kernel = ("NHWC", "HWIO", "NHWC"), sharding.whole(weight.astype(x.dtype))
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), [(pad, pad)] * 2, dimension_numbers=layout)
 
 
 class Conv(nn.Module):

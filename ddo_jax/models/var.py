@@ -23,7 +23,7 @@ import numpy as np
 
 from ddo_jax import sharding
 from ddo_jax.core import ar
-from ddo_jax.models.edm_layers import at_least_float32, row, standardise
+from ddo_jax.models.edm_layers import at_least_float32, multiply, row, standardise
 
 LOG_MAX_SCALE = math.log(100)
 
@@ -52,7 +52,7 @@ class Linear(nn.Module):
         shape = (x.shape[-1], self.features)
         std = np.repeat(self.stds, self.features // len(self.stds))[None]
         weight = self.param("weight", normal, shape, std)
-        y = x @ weight.astype(x.dtype)
+        y = multiply(x, weight)
         if not self.use_bias:
             return y
         return y + row(self.param("bias", lambda _: jnp.zeros(self.features)), y)

@@ -1,6 +1,7 @@
 """What a round, its search and the control are made of: phases with their hyper-parameters, trained as tasks."""
 
 import functools
+from collections.abc import Callable
 
 from etils import epath
 
@@ -14,11 +15,11 @@ from ddo_jax.run.scoring import evaluations
 from ddo_jax.store.checkpoint import read_meta
 
 
-def phase(setup: Setup, section: str, name: str, start, **given) -> loop.Phase:
+def phase(setup: Setup, section: str, name: str, start: Callable, **given) -> loop.Phase:
     """A phase of the config's section ("pretrain", "ddo", "control"), by default of MLE as the section says.
 
     Args:
-      name: relative directory. start: parameters. given: fields of `loop.Phase` that differ.
+      name: relative directory. start: makes its parameters. given: fields of `loop.Phase` that differ.
     """
     c, examples = setup.config[section], len(setup.data)
 

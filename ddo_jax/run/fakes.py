@@ -85,7 +85,7 @@ def wrong_labels(first: int):
     return pair
 
 
-def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
+def make_pool(setup: Setup, directory: epath.Path, ref: sharding.Parked, index: int) -> dict:
     """Sample the fakes of a round chunk by chunk; whole chunks of an interrupted pool are kept."""
     family, config = setup.family, setup.config
     seeds = seed_range("pool", index, config.ddo.pool)
@@ -95,9 +95,10 @@ def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
     recorded = pool_digests(directory, len(rows))
     digests = [pools.kept_digest(pools.chunk_path(directory, i), recorded[i], seeds[r]) for i, r in enumerate(rows)]
     missing = [i for i in range(len(rows)) if not sharding.agree(digests[i] is not None)]
+    params = ref()
     progress = record.Progress(f"rounds/{index + 1:03d}/pool", len(rows) - len(missing), len(rows))
     for done, i in enumerate(missing, len(rows) - len(missing) + 1):
-        (chunk,) = setup.programs.fakes(ref, setup.frozen, seeds[rows[i]], labels[rows[i]])
+        (chunk,) = setup.programs.fakes(params, setup.frozen, seeds[rows[i]], labels[rows[i]])
         digests[i] = pools.digest(chunk["image"], chunk["label"])
         if recorded[i] not in (None, digests[i]):
             raise UserError(
@@ -119,7 +120,7 @@ def make_pool(setup: Setup, directory: epath.Path, ref, index: int) -> dict:
     }
 
 
-def pool_task(setup: Setup, directory: epath.Path, ref, index: int) -> jobs.Task:
+def pool_task(setup: Setup, directory: epath.Path, ref: sharding.Parked, index: int) -> jobs.Task:
     """The pool of a round; chunks that were lost since it was finished are made again."""
     target = directory / "pool"
 
@@ -138,11 +139,11 @@ def pool_digests(directory: epath.Path, number: int) -> list[str | None]:
     return found if isinstance(found, list) and len(found) == number else [None] * number
 
 
-def some_fakes(setup: Setup, ref, index: int, num: int):
+def some_fakes(setup: Setup, ref: sharding.Parked, index: int, num: int):
     """The reference's own samples as a source, for rounds without a pool."""
     num_classes = setup.family.spec.num_classes
     seeds = seed_range("select", index, num)
     labels = balanced_labels(np.arange(num), num_classes, present_classes(setup.data.class_counts))
-    parts = list(setup.programs.fakes(ref, setup.frozen, seeds, labels))
+    parts = list(setup.programs.fakes(ref(), setup.frozen, seeds, labels))
     images, labels = (np.concatenate([p[key] for p in parts]) for key in ("image", "label"))
     return sources.ArraySource("fakes", images, labels, num_classes)

@@ -28,7 +28,7 @@ def called(w: float) -> str:
     return f"w{w:g}"
 
 
-def merger(setup: Setup, ref):
+def merger(setup: Setup, shapes):
     """Jitted (ref, theta, w) -> the point at w, projected, as its ends are (of EDM2, where a length of weights means
     nothing)."""
 
@@ -36,10 +36,10 @@ def merger(setup: Setup, ref):
         ends = (setup.family.project(params, "ddo") for params in (ref, theta))
         return setup.family.project(line.along(*ends, w), "ddo")
 
-    return jax.jit(at, out_shardings=sharding.tree_sharding(setup.mesh, ref))
+    return jax.jit(at, out_shardings=sharding.tree_sharding(setup.mesh, shapes))
 
 
-def points(setup: Setup, name: str, index: int, ref, trained: tuple[str, int, int], weights) -> list:
+def points(setup: Setup, name: str, index: int, ref: sharding.Parked, trained: tuple[str, int, int], weights) -> list:
     """(name, evaluation) of points of a line, each a task.
 
     Args:
@@ -48,14 +48,15 @@ def points(setup: Setup, name: str, index: int, ref, trained: tuple[str, int, in
     """
     directory = setup.workdir / name
     candidate, step, images = trained
-    merge = merger(setup, ref)
+    shapes = sharding.abstract(setup.mesh, jax.eval_shape(setup.family.init, jax.random.key(0))[0])
+    merge = merger(setup, shapes)
 
     @functools.cache  # restored by a job that has a point to score, once
     def theta():
-        return restore_ema(directory / candidate / "checkpoints", step, sharding.abstract(setup.mesh, ref))
+        return restore_ema(directory / candidate / "checkpoints", step, shapes)
 
     def score(w: float, own: epath.Path) -> dict:
-        params = merge(ref, theta(), w)
+        params = merge(ref(), theta(), w)
         found, _ = setup.scorer(params, (f"{name}/{called(w)}", step, images), "select", index)
         record = found.record()
         keep_ema(own / "checkpoints", step, params, {"step": step, "evals": [record]}, found.score)

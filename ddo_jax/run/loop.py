@@ -46,7 +46,8 @@ class Phase:
       section: "pretrain", "ddo" or "control". config: that part of the config.
       objective: "mle", "ddo" or "cca". hyper: its traced numbers.
       steps: of the phase. warmup: images. eval_every, save_every: steps or None.
-      start: parameters it begins from. partners: None for "mle". source: opens what it reads in place of the data.
+      start: makes the parameters it begins from. partners: None for "mle".
+      source: opens what it reads in place of the data.
       seed: of data order and noise. select: which range of selection seeds its evaluations use.
     """
 
@@ -60,7 +61,7 @@ class Phase:
     warmup: float
     eval_every: int | None
     save_every: int | None
-    start: Any
+    start: Callable[[], Any]
     partners: Partners | None = None
     source: Callable | None = None
     seed: int = 0
@@ -162,7 +163,7 @@ def _opened(stack: contextlib.ExitStack, phase: Phase, setup: Setup, until: int)
     c, mesh, tx = phase.config, setup.mesh, state.optimizer(phase.config)
 
     def fresh():
-        return sharding.place(mesh, state.new_state(phase.start, tx, c.ema_stds))
+        return sharding.place(mesh, state.new_state(phase.start(), tx, c.ema_stds))
 
     checkpoints = stack.enter_context(Checkpoints(phase.directory / "checkpoints", alone=True))
     shapes = sharding.abstract(mesh, jax.eval_shape(fresh))

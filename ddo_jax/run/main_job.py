@@ -3,13 +3,13 @@
 import dataclasses
 import math
 import re
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
 from ddo_jax import config as configs
+from ddo_jax import sharding
 from ddo_jax.data import sources
 from ddo_jax.evaluate.neighbours import distance_among, nearest_distance, some_images
 from ddo_jax.evaluate.records import Evaluation, Round
@@ -59,11 +59,12 @@ def run(config, workdir: epath.PathLike, profile_steps: str | None = None) -> ep
     return path
 
 
-def final_scores(setup: Setup, name: str, params) -> report.Scores:
+def final_scores(setup: Setup, name: str, system: sharding.Parked) -> report.Scores:
     """The system's numbers on the report's seed ranges, which chose nothing."""
     config = setup.config
 
     def score():
+        params = system()
         result = {"evals": [e.record() for e in report_evals(setup, name, params, 0)]}
         if setup.family.spec.kind(setup.data.image_shape) != "pixels":  # latents: no images to compare with
             return result
@@ -84,7 +85,7 @@ def report_evals(setup: Setup, name: str, params, how: int) -> list[Evaluation]:
     return evals
 
 
-def other_scores(setup: Setup, systems: dict[str, Any]) -> dict[str, report.Scores]:
+def other_scores(setup: Setup, systems: dict[str, sharding.Parked]) -> dict[str, report.Scores]:
     """The systems under the sampler settings of config.eval.also; they select nothing."""
     tasks = {}
     for how, given in enumerate(setup.config.eval.also, 1):
@@ -93,7 +94,7 @@ def other_scores(setup: Setup, systems: dict[str, Any]) -> dict[str, report.Scor
             name = f"{system}{report.UNDER}{label}"
 
             def score(name=name, params=params, how=how):
-                return {"evals": [e.record() for e in report_evals(setup, name, params, how)]}
+                return {"evals": [e.record() for e in report_evals(setup, name, params(), how)]}
 
             directory = setup.workdir / "report" / "scores" / f"{system}-{label.replace(', ', '-').replace(' ', '')}"
             tasks[name] = jobs.Task(directory, score)
@@ -171,7 +172,7 @@ def _curve(label: str, kind: str, index: int, start: float, offset: int, evals: 
 def make_report(setup: Setup, systems: dict, scores: dict, played: list[Round]) -> epath.Path:
     """All processes sample the grids; one writes."""
     num = min(setup.config.eval.grid, setup.config.eval.num)
-    grids = {name: samples(setup, params, num) for name, params in systems.items()}
+    grids = {name: samples(setup, params(), num) for name, params in systems.items()}
     directory = setup.workdir / "report"
     found = [(r.number, jobs.result_of(setup.workdir / f"rounds/{r.number:03d}" / "ratios")) for r in played]
     ratios = [plots.Ratios(number, result["real"], result["fake"]) for number, result in found if result is not None]

@@ -62,7 +62,7 @@ class Setup:
     programs: Programs
     scorer: scoring.Scorer
     console: record.Console
-    init: Any = None
+    init: sharding.Parked | None = None
     drawn: tuple[str, ...] | None = None
     profile: Profile = Profile()
 
@@ -109,7 +109,7 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> Setup:
         programs=programs,
         scorer=scorer,
         console=console,
-        init=params,
+        init=None if params is None else sharding.Parked(params),
         drawn=drawn,
     )
 

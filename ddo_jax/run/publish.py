@@ -38,11 +38,12 @@ def publish_views(setup: Setup) -> None:
     record.write_jsonl(setup.workdir / "evals.jsonl", [e.record() for e in evals])
 
 
-def publish_best(setup: Setup, params) -> None:
+def publish_best(setup: Setup, best: sharding.Parked) -> None:
     """best/: the run's result as a checkpoint that `init` and `load` take, and as safetensors for others."""
     directory = setup.workdir / "best"
 
     def run():
+        params = best()
         keep_ema(directory / "checkpoints", 0, params, {"step": 0})
         host = jax.tree.map(sharding.to_host, (params, setup.frozen))
         written = []

@@ -10,6 +10,7 @@ round n:  ref = best EMA parameters of round n-1
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -35,20 +36,23 @@ class Best:
     evaluation: Evaluation
 
 
-def anchors(family, mesh, params):
-    """(start of the target, reference) of a round from the best parameters of the last one, both projected.
+def anchors(family, mesh, ref: Callable) -> tuple[Callable, Callable]:
+    """What makes (the start of the target, the reference) of a round from the best parameters of the last one.
 
     The step projects the target before every forward pass. The reference must be projected alike, or r is a constant
     below 0 at the start (specs/edm2.md section 8); after two projections a further one changes nothing, and the
     reference is the very projection of the start: r is 0 at step 0.
     """
 
-    def both(params):
-        start = family.project(family.project(params, "ddo"), "ddo")
-        return start, family.project(start, "ddo")
+    @jax.jit
+    def project(params):
+        rule = sharding.tree_sharding(mesh, params)
+        return jax.lax.with_sharding_constraint(family.project(params, "ddo"), rule)
 
-    rule = sharding.tree_sharding(mesh, params)
-    return jax.jit(both, out_shardings=(rule, rule))(params)
+    def start():
+        return project(project(ref()))
+
+    return start, lambda: project(start())
 
 
 def abstract_params(setup: Setup):
@@ -59,14 +63,14 @@ def abstract_params(setup: Setup):
 # -- the start --------------------------------------------------------------------------------------------
 
 
-def begin(setup: Setup):
+def begin(setup: Setup) -> sharding.Parked:
     """What the rounds start from: trained from scratch, or given, and then adapted if the config says so."""
-    if setup.init is None:
-        return trained(setup, "pretrain", jax.jit(setup.family.init)(state.derive(setup.config.seed, "init"))[0])
-    return trained(setup, "adapt", setup.init) if configs.is_set(setup.config.adapt.length) else setup.init
+    if setup.init is not None:
+        return trained(setup, "adapt", setup.init) if configs.is_set(setup.config.adapt.length) else setup.init
+    return trained(setup, "pretrain", lambda: jax.jit(setup.family.init)(state.derive(setup.config.seed, "init"))[0])
 
 
-def trained(setup: Setup, section: str, start):
+def trained(setup: Setup, section: str, start: Callable) -> sharding.Parked:
     """MLE of a section of the config; the EMA parameters at its end."""
     directory = setup.workdir / section
 
@@ -74,13 +78,13 @@ def trained(setup: Setup, section: str, start):
         return loop.train(phase(setup, section, section, start, seed=setup.config.seed), setup)
 
     (result,) = divide(setup, [jobs.Task(directory, run)])
-    return restore_ema(directory / "checkpoints", result["steps"], abstract_params(setup))
+    return sharding.Parked(restore_ema(directory / "checkpoints", result["steps"], abstract_params(setup)))
 
 
 # -- one round --------------------------------------------------------------------------------------------
 
 
-def play_round(setup: Setup, index: int, ref):
+def play_round(setup: Setup, index: int, ref: sharding.Parked) -> tuple[sharding.Parked, Round]:
     """One round from the reference `ref`; (its best parameters, `Round`)."""
     name = f"rounds/{index + 1:03d}"
     directory = setup.workdir / name
@@ -93,7 +97,8 @@ def play_round(setup: Setup, index: int, ref):
     if setup.config.keep == "best":
         divide(setup, [jobs.Task(directory / "tidy", lambda: tidy(directory, found))])
     if found.improved:
-        ref = restore_ema(directory / found.candidate / "checkpoints", found.best.step, abstract_params(setup))
+        checkpoints = directory / found.candidate / "checkpoints"
+        ref = sharding.Parked(restore_ema(checkpoints, found.best.step, abstract_params(setup)))
     return ref, found
 
 
@@ -108,12 +113,12 @@ def read_best(directory: epath.Path) -> Round | None:
         return None
 
 
-def _compete(setup: Setup, name: str, index: int, ref) -> Round:
+def _compete(setup: Setup, name: str, index: int, ref: sharding.Parked) -> Round:
     """Fakes, the reference's own score, all candidates, the points of a line; the round's summary."""
     config, directory = setup.config, setup.workdir / name
 
     def score_start():
-        return setup.scorer(ref, (name, 0, 0), "select", index)[0].record()
+        return setup.scorer(ref(), (name, 0, 0), "select", index)[0].record()
 
     tasks = [jobs.Task(directory / "start", score_start)]
     pooled = configs.samples_fakes(config) and config.ddo.pool > 0
@@ -128,17 +133,18 @@ def _compete(setup: Setup, name: str, index: int, ref) -> Round:
     def samples(number: int = RATIOS):
         return pool() if pooled else fakes.some_fakes(setup, ref, index, number)
 
-    anchor = anchors(setup.family, setup.mesh, ref)
+    first, reference = anchors(setup.family, setup.mesh, ref)
+    anchor = reference()
     law = sigma_law(config.ddo, index + 1)
     if config.log.signal:
-        divide(setup, [signal_task(setup, name, anchor[1], samples, law)])
+        divide(setup, [signal_task(setup, name, anchor, samples, law)])
     method = configs.method_of(config)
     play = self_trained if method == "neon" else grid
-    found = play(setup, name, index, (ref, *anchor), pool, law)
+    found = play(setup, name, index, (ref, first, anchor), pool, law)
     best = Best(*loop.best_of(found, key=lambda pair: pair[1]))
 
     def measure():
-        return ratios(setup, directory, best, (anchor[1], samples(), law))
+        return ratios(setup, directory, best, (anchor, samples(), law))
 
     divide(setup, [jobs.Task(directory / "ratios", measure)])
     before, after = evaluation(start).score, best.evaluation.score
@@ -156,7 +162,8 @@ def grid(setup: Setup, name: str, index: int, params, pool, law) -> list[tuple[s
     all evaluations, and whose.
 
     Args:
-      params: (the reference, and of `anchors`). pool: opens the fakes. law: of noise levels.
+      params: (the last round's best, what makes the target's start, the reference). pool: opens the fakes.
+      law: of noise levels.
     """
     config, (ref, first, anchor) = setup.config, params
     method, cells = configs.method_of(config), list(itertools.product(config.ddo.alpha, config.ddo.beta))
@@ -271,7 +278,7 @@ def tidy(directory: epath.Path, found: Round) -> dict:
 # -- the control ------------------------------------------------------------------------------------------
 
 
-def control(setup: Setup, start):
+def control(setup: Setup, start: sharding.Parked):
     """Continued MLE from the same start: (best parameters over learning rates and steps, `Best`)."""
     config = setup.config
     ddo_steps = configs.steps(config.ddo.length, config.ddo.batch, len(setup.data), "ddo.length")
@@ -293,4 +300,4 @@ def control(setup: Setup, start):
     )
     best = Best(*loop.best_of(found, key=lambda pair: pair[1]))
     directory = setup.workdir / "control" / best.candidate / "checkpoints"
-    return restore_ema(directory, best.evaluation.step, abstract_params(setup)), best
+    return sharding.Parked(restore_ema(directory, best.evaluation.step, abstract_params(setup))), best

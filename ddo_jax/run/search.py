@@ -145,7 +145,7 @@ def probe(setup: Setup, phase: loop.Phase, alpha: float) -> dict:
     steps = max(1, min(phase.steps // 3, warmup_steps(phase) + PROBE))
     advance = setup.programs.step_for(phase.objective, phase.section, phase.warmup, phase.steps)
     tx, c = state.optimizer(phase.config), phase.config
-    current = sharding.place(setup.mesh, state.new_state(phase.start, tx, c.ema_stds))
+    current = sharding.place(setup.mesh, state.new_state(phase.start(), tx, c.ema_stds))
     key, data = loop.step_key(phase, setup), loop.feed(phase, setup, 0)
     zero = sharding.replicate(setup.mesh, step.zero_totals(setup.family, phase.objective))
     spread, history = 0.0, []

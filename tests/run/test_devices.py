@@ -63,7 +63,7 @@ network = FeatureNet("random", "0", "fd", 1.0, apply, levels=17, fitted=True)
 
 def everything(devices, fsdp):
     mesh = sharding.make_mesh(fsdp, devices)
-    first, ref = rounds.anchors(family, mesh, sharding.place(mesh, start))
+    first, ref = (make() for make in rounds.anchors(family, mesh, lambda: sharding.place(mesh, start)))
     training = step.Training(family, mesh, c.ddo, "ddo", warmup=0.0, total=1e6)
     current = sharding.place(mesh, state.new_state(first, training.optimizer, c.ddo.ema_stds))
     advance = step.make_step(training)

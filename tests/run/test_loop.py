@@ -25,7 +25,7 @@ def run(setup, tmp_path):
     def make(name, total, lr=None):
         params = random_variables(setup.family.init)[0]
         c = setup.config.pretrain
-        phase = candidates.phase(own, "pretrain", name, params, steps=total, hyper=candidates.hyper(c, lr=lr))
+        phase = candidates.phase(own, "pretrain", name, lambda: params, steps=total, hyper=candidates.hyper(c, lr=lr))
         return dataclasses.replace(phase, save_every=2), own
 
     return make
@@ -37,7 +37,7 @@ def leaves(state):
 
 def final(phase, setup):
     with loop.Checkpoints(phase.directory / "checkpoints") as c:
-        fresh = loop.state.new_state(phase.start, loop.state.optimizer(phase.config), phase.config.ema_stds)
+        fresh = loop.state.new_state(phase.start(), loop.state.optimizer(phase.config), phase.config.ema_stds)
         abstract = loop.sharding.abstract(setup.mesh, jax.eval_shape(lambda: fresh))
         return c.restore_latest(abstract)
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import ddo_jax
-from ddo_jax import files, sample
+from ddo_jax import files, sample, sharding
 from ddo_jax.convert import __main__ as convert_command
 from ddo_jax.errors import UserError
 from ddo_jax.evaluate import __main__ as evaluate_command
@@ -175,13 +175,18 @@ def test_every_command_reads_what_a_run_exports(done, tmp_path, capsys):
     assert record["protocol"]["sampler"]["num_steps"] == 2 and record["accuracy"] >= 0
 
 
+def parked(setup):
+    """Random parameters as a round takes them."""
+    return sharding.Parked(sharding.place(setup.mesh, random_variables(setup.family.init)[0]))
+
+
 def play(setup, workdir, scores, **changes):
     """One round in `workdir` whose evaluations are `scores(phase, step)`: (setup, start, after, `Round`)."""
     config = setup.config.copy_and_resolve_references()
     config.update(changes)
     place = dict(config=config, workdir=setup.workdir.__class__(workdir))
     own = dataclasses.replace(setup, scorer=Judge(setup.scorer, scores), **place)
-    ref = random_variables(setup.family.init)[0]
+    ref = parked(setup)
     return own, ref, *rounds.play_round(own, 0, ref)
 
 
@@ -212,7 +217,7 @@ def test_noise_levels_change_with_their_round(setup, tmp_path, monkeypatch):
     place = dict(config=config, workdir=setup.workdir.__class__(tmp_path))
     own = dataclasses.replace(setup, scorer=Judge(setup.scorer, lambda *_: 1.0), **place)
     monkeypatch.setattr(rounds, "candidates", stop)
-    ref = random_variables(setup.family.init)[0]
+    ref = parked(setup)
     for index in range(4):
         with pytest.raises(InterruptedError):
             rounds.play_round(own, index, ref)
@@ -231,10 +236,10 @@ def test_the_best_step_of_the_best_candidate_wins(setup, new_workdir):
         best = "rounds/001/a4_b0.2/checkpoints/1"
         assert kept == [best] if keep == "best" else len(kept) == 4 and best in kept
         assert bool(list((workdir / "rounds/001/pool").glob("chunk-*"))) == (keep == "all")
-        assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(ref), jax.tree.leaves(after), strict=True))
-        scores[keep] = checkpoint.weights_digest(after)
+        assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (ref(), after())), strict=True))
+        scores[keep] = checkpoint.weights_digest(after())
     assert scores["best"] == scores["all"]  # and the second time: a run is a function of its config
-    assert checkpoint.weights_digest(rounds.play_round(own, 0, ref)[0]) == scores["all"]  # from the files
+    assert checkpoint.weights_digest(rounds.play_round(own, 0, ref)[0]()) == scores["all"]  # from the files
 
 
 def test_interrupted_pruning_is_finished(setup, new_workdir):
@@ -339,7 +344,7 @@ def test_tidy_leaves_neighbours_alone(tmp_path):
 def test_a_full_disk_is_said_and_the_run_continues(setup, tmp_path, monkeypatch):
     """Breaks if a disk that fills up while the pool is written loses whole chunks, leaves torn ones, or is no line."""
     directory, replace, moved = rounds.epath.Path(tmp_path), os.replace, []
-    ref = random_variables(setup.family.init)[0]
+    ref = parked(setup)
 
     def second_is_full(source, target):
         if moved:

@@ -76,7 +76,7 @@ def candidate(run, directory, ref, *, beta=0.1, pooled=False, config=None):
     pool = pooled and (lambda: fakes.pools.open_pool(own.workdir / "pool"))
     shared = rounds.partners(own, ref, 0, pool, keep=True)
     hyper = candidates.hyper(own.config.ddo, grid=(10.0, beta))
-    return candidates.phase(own, "ddo", "c", ref, objective="ddo", hyper=hyper, seed=7, partners=shared)
+    return candidates.phase(own, "ddo", "c", lambda: ref, objective="ddo", hyper=hyper, seed=7, partners=shared)
 
 
 def with_asks(run, fill):
@@ -289,7 +289,7 @@ def test_a_pool_of_tokens_is_read_like_the_data(run, start, tmp_path):
     own.config.ddo.pool = 40
     directory = own.workdir / "pool"
     directory.mkdir()
-    result = fakes.make_pool(own, directory, start, 0)
+    result = fakes.make_pool(own, directory, lambda: start, 0)
     files.write_json(directory / "result.json", result)
     pool = fakes.pools.open_pool(directory)
     assert pool.image_shape == (L,) and pool.dtype == np.int32 and len(pool) == 40
