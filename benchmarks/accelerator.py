@@ -100,7 +100,7 @@ def edm2_step(config, objective: str, params, frozen, repeats: int) -> None:
     inputs = step.Inputs(frozen, real, key=key, hyper=step.Hyper(4.0, 0.05, 1e-6, (-0.8, 1.6)), **partners)
     own = jax.tree.map(np.array, params)  # the state is donated
     held = [
-        sharding.place(mesh, state.new_state(own, training.optimizer, c.ema_stds)),
+        sharding.place(mesh, state.new_state(own, c)),
         sharding.replicate(mesh, step.zero_totals(family, objective)),
     ]
     began = time.perf_counter()

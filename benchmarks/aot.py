@@ -110,7 +110,7 @@ def traced(config, mesh):
     family, c = get_family(config), config.ddo
     training = step.Training(family, mesh, c, "ddo", warmup=5e5, total=6.4e6)
     params, frozen = memory.abstract(family)
-    shapes = jax.eval_shape(lambda p: state.new_state(p, training.optimizer, c.ema_stds), params)
+    shapes = jax.eval_shape(lambda p: state.new_state(p, c), params)
     whole = sharding.replicated(mesh)
 
     def placed(tree, where):

@@ -187,7 +187,7 @@ def train(config, weights, batch: int, objective: str) -> Program:
     c = whole.ddo if objective == "ddo" else whole.pretrain
     training = step.Training(family, mesh, c, objective, warmup=0.0, total=1e6)
     params = jax.device_put(convert.from_torch(config, weights)[1]["params"])
-    current, advance = sharding.place(mesh, state.new_state(params, training.optimizer)), step.make_step(training)
+    current, advance = sharding.place(mesh, state.new_state(params, training.config)), step.make_step(training)
     images = np.random.default_rng(0).integers(0, 256, (2, batch, *family.spec.image_shape)).astype(np.uint8)
     labels = np.zeros(batch, np.int32)
     real, fake = (sharding.put_batch(mesh, {"image": i, "label": labels}) for i in images)

@@ -26,7 +26,7 @@ def make(config, objective: str):
     c = config.ddo if objective == "ddo" else config.pretrain
     training, key = step.Training(family, mesh, c, objective, warmup=0.0, total=1e6), jax.random.key(0)
     params, frozen = jax.jit(family.init)(key)
-    current, advance = sharding.place(mesh, state.new_state(params, training.optimizer)), step.make_step(training)
+    current, advance = sharding.place(mesh, state.new_state(params, training.config)), step.make_step(training)
     generator = np.random.default_rng(0)
     images = generator.integers(0, config.model.levels, (2, c.batch, *family.spec.image_shape)).astype(np.uint8)
     labels = generator.integers(0, 10, (2, c.batch)).astype(np.int32)

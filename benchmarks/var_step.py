@@ -70,7 +70,7 @@ def programs(config) -> dict:
         return reference_scores.ReferenceScores(asks, mesh, frozen, phase, key)(0, both, rows)
 
     training = step.Training(family, mesh, c, "ddo", warmup=0.0, total=1e6)
-    current, advance = sharding.place(mesh, state.new_state(params, training.optimizer)), step.make_step(training)
+    current, advance = sharding.place(mesh, state.new_state(params, training.config)), step.make_step(training)
     held = [current, sharding.replicate(mesh, step.zero_totals(family, "ddo"))]
 
     def update(s_ref):

@@ -198,7 +198,7 @@ def build_step(change=lambda family: family, donate: bool = True):
     family, params, ref, _ = setup()
     mesh = sharding.make_mesh()
     training = step.Training(change(family), mesh, whole.ddo, "ddo", warmup=0.0, total=1e6)
-    current = sharding.place(mesh, state.new_state(params, training.optimizer))
+    current = sharding.place(mesh, state.new_state(params, training.config))
     held, advance = [current, sharding.replicate(mesh, step.zero_totals(family, "ddo"))], step.make_step(training)
     advance = advance if donate else jax.jit(advance.__wrapped__)
     images = np.random.default_rng(0).integers(0, 256, (2, BATCH, *family.spec.image_shape)).astype(np.uint8)

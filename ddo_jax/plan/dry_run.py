@@ -252,10 +252,10 @@ def _disk(config, family, params, examples: int) -> float:
     count = state.parameter_count(params)
     total = 2 * 4 * count  # best/: a checkpoint of the EMA, and safetensors
     for section in [s for s in costs.PASSES if costs.candidates(config, s)]:
-        emas, candidates = config[section].ema_stds, costs.candidates(config, section)
-        checkpoint = 4 * count * (3 + max(1, len(emas)))  # parameters, two moments, EMAs
+        emas, candidates = state.lengths(config[section]), costs.candidates(config, section)
+        checkpoint = 4 * count * (3 + len(emas))  # parameters, two moments, EMAs
         snapshots = (
-            2 * count * len(emas) * costs.times(config, section, examples, "snapshot_every")
+            2 * count * len(config[section].ema_stds) * costs.times(config, section, examples, "snapshot_every")
         )  # float16; all stay
         times = config.ddo.rounds if section == "ddo" else 1
         whole = times if config.keep == "all" else 1  # with all its checkpoints and its pool

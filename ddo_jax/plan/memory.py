@@ -117,7 +117,7 @@ def step_bytes(family, c, objective: str, devices: int, fsdp: int, together: int
       c: a phase's config. objective: "ddo", "cca" or "mle". devices: of the mesh. fsdp: of config.mesh.
     """
     params, frozen = abstract(family)
-    held = jax.eval_shape(lambda p: state.new_state(p, state.optimizer(c), c.ema_stds), params)
+    held = jax.eval_shape(lambda p: state.new_state(p, c), params)
     parts = {
         "params": together * tree_bytes(held["params"], fsdp),
         "ema": together * tree_bytes([v for k, v in held.items() if k.startswith("ema")], fsdp),

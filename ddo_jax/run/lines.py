@@ -14,7 +14,7 @@ from ddo_jax import sharding
 from ddo_jax.core import line
 from ddo_jax.run import jobs
 from ddo_jax.run.candidates import divide, lost
-from ddo_jax.run.prepare import Setup
+from ddo_jax.run.prepare import Setup, abstract_params
 from ddo_jax.run.scoring import evaluations
 from ddo_jax.store.checkpoint import keep_ema, restore_ema
 
@@ -48,7 +48,7 @@ def points(setup: Setup, name: str, index: int, ref: sharding.Parked, trained: t
     """
     directory = setup.workdir / name
     candidate, step, images = trained
-    shapes = sharding.abstract(setup.mesh, jax.eval_shape(setup.family.init, jax.random.key(0))[0])
+    shapes = abstract_params(setup)
     merge = merger(setup, shapes)
 
     @functools.cache  # restored by a job that has a point to score, once

@@ -21,7 +21,7 @@ from ddo_jax.evaluate.records import Evaluation
 from ddo_jax.generate.sampler import NotFinite
 from ddo_jax.report.pictures import png
 from ddo_jax.run import jobs, record, reference_scores, state, step
-from ddo_jax.run.prepare import Setup
+from ddo_jax.run.prepare import Setup, abstract_params
 from ddo_jax.run.scoring import evaluations
 from ddo_jax.store import snapshots
 from ddo_jax.store.checkpoint import Checkpoints
@@ -160,15 +160,15 @@ def _run(phases: list[Phase], setup: Setup, until: int | None) -> list["_Loop"]:
 
 def _opened(stack: contextlib.ExitStack, phase: Phase, setup: Setup, until: int) -> "_Loop":
     """A phase at its newest checkpoint."""
-    c, mesh, tx = phase.config, setup.mesh, state.optimizer(phase.config)
 
-    def fresh():
-        return sharding.place(mesh, state.new_state(phase.start(), tx, c.ema_stds))
+    def new(params):
+        return state.new_state(params, phase.config)
 
     checkpoints = stack.enter_context(Checkpoints(phase.directory / "checkpoints", alone=True))
-    shapes = sharding.abstract(mesh, jax.eval_shape(fresh))
-    restored, meta = checkpoints.restore_latest(shapes) or (None, {"evals": [], "step": 0})
-    loop = _Loop(phase, setup, checkpoints, fresh() if restored is None else restored, meta, until)
+    shapes = sharding.abstract(setup.mesh, jax.eval_shape(new, abstract_params(setup)))
+    current, meta = checkpoints.restore_latest(shapes) or (None, {"evals": [], "step": 0})
+    current = sharding.place(setup.mesh, new(phase.start())) if current is None else current
+    loop = _Loop(phase, setup, checkpoints, current, meta, until)
     stack.enter_context(contextlib.closing(loop.log))
     return loop
 
@@ -314,7 +314,7 @@ class _Loop:
         if evaluate:
             try:
                 place = (phase.name, done, done * phase.config.batch)
-                found, images = setup.scorer(training_state["ema"], place, "select", phase.select)
+                found, images = setup.scorer(state.result(training_state), place, "select", phase.select)
             except NotFinite as e:  # weights can grow until they overflow in the sampler before the loss does
                 raise Diverged(f"{phase.name}, step {done}: {e}; no checkpoint was overwritten") from None
             if jax.process_index() == 0:

@@ -67,6 +67,11 @@ class Setup:
     profile: Profile = Profile()
 
 
+def abstract_params(setup: Setup):
+    """Shapes and shardings of the parameters: what a checkpoint is restored onto."""
+    return sharding.abstract(setup.mesh, jax.eval_shape(setup.family.init, jax.random.key(0))[0])
+
+
 def prepare(config, workdir: epath.PathLike, console: record.Console) -> Setup:
     """Check the config, open the workdir, build what the phases share.
 

@@ -23,7 +23,7 @@ from ddo_jax.data.pipeline import batches
 from ddo_jax.evaluate.records import Evaluation, Round, read_round
 from ddo_jax.run import fakes, jobs, lines, loop, reference_scores, search, signal, state
 from ddo_jax.run.candidates import candidate_name, candidates, divide, hyper, lost, phase, sigma_law
-from ddo_jax.run.prepare import Setup
+from ddo_jax.run.prepare import Setup, abstract_params
 from ddo_jax.run.scoring import evaluation
 from ddo_jax.store.checkpoint import restore_ema
 
@@ -53,11 +53,6 @@ def anchors(family, mesh, ref: Callable) -> tuple[Callable, Callable]:
         return project(project(ref()))
 
     return start, lambda: project(start())
-
-
-def abstract_params(setup: Setup):
-    shapes = jax.eval_shape(setup.family.init, jax.random.key(0))[0]
-    return sharding.abstract(setup.mesh, shapes)
 
 
 # -- the start --------------------------------------------------------------------------------------------

@@ -144,8 +144,7 @@ def probe(setup: Setup, phase: loop.Phase, alpha: float) -> dict:
     """A short run whose beta follows the spread of r (`core.search.balanced_beta`); its parameters are not kept."""
     steps = max(1, min(phase.steps // 3, warmup_steps(phase) + PROBE))
     advance = setup.programs.step_for(phase.objective, phase.section, phase.warmup, phase.steps)
-    tx, c = state.optimizer(phase.config), phase.config
-    current = sharding.place(setup.mesh, state.new_state(phase.start(), tx, c.ema_stds))
+    current = sharding.place(setup.mesh, state.new_state(phase.start(), phase.config))
     key, data = loop.step_key(phase, setup), loop.feed(phase, setup, 0)
     zero = sharding.replicate(setup.mesh, step.zero_totals(setup.family, phase.objective))
     spread, history = 0.0, []

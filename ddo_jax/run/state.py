@@ -1,4 +1,4 @@
-"""The training state, a plain dict: params, ema, opt, step; and emas where several EMA lengths are tracked.
+"""The training state, a plain dict: params, opt, step; ema where there is an average, emas where there are several.
 
 All of it is placed by one sharding rule.
 """
@@ -15,30 +15,40 @@ def optimizer(c) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=c.b1, b2=c.b2, eps=c.eps)
 
 
-def new_state(params, tx: optax.GradientTransformation, ema_stds=()) -> dict:
-    """A fresh optimizer and fresh EMAs around copies of `params`: the step donates its state.
+HALF_LIFE = (None,)  # the lengths of a phase with one average of a half-life
 
-    Args:
-      ema_stds: of the phase's config. The first length, or the half-life EMA without any, is "ema".
-    """
-    copies = {std: jax.tree.map(jnp.copy, params) for std in ema_stds or (None,)}
+
+def lengths(c) -> tuple:
+    """The lengths of a phase's averages, of its config: standard deviations, `HALF_LIFE`, or none at all."""
+    return tuple(c.ema_stds) or (HALF_LIFE if c.ema_mimg else ())
+
+
+def new_state(params, c) -> dict:
+    """A fresh optimizer and fresh EMAs, of a phase's config, around copies of `params`: the step donates its state."""
     return {
         "params": jax.tree.map(jnp.copy, params),
-        **named_averages(copies),
-        "opt": tx.init(params),
+        **named_averages({std: jax.tree.map(jnp.copy, params) for std in lengths(c)}),
+        "opt": optimizer(c).init(params),
         "step": jnp.zeros((), jnp.int32),
     }
 
 
 def named_averages(by_std: dict) -> dict:
-    """{std: EMA} -> their part of the state: "ema" is the first, "emas" the others by name, absent if none."""
-    (_, first), *others = by_std.items()
-    return {"ema": first} | ({"emas": {f"{std:.3f}": average for std, average in others}} if others else {})
+    """{std: EMA} -> their part of the state: "ema" is the first, "emas" the others by name; absent if none."""
+    first, *others = by_std.items() or (None,)
+    if first is None:
+        return {}
+    return {"ema": first[1]} | ({"emas": {f"{std:.3f}": average for std, average in others}} if others else {})
 
 
-def averages(state: dict, ema_stds) -> dict:
+def averages(state: dict, stds: tuple) -> dict:
     """{std: EMA} of a state; the inverse of `named_averages`."""
-    return {std: state["emas"][f"{std:.3f}"] if i else state["ema"] for i, std in enumerate(ema_stds)}
+    return {std: state["emas"][f"{std:.3f}"] if i else state["ema"] for i, std in enumerate(stds)}
+
+
+def result(state: dict):
+    """What a phase has made: its average, the first of several, or its parameters where it has none."""
+    return state.get("ema", state["params"])
 
 
 def derive(seed: int, *names) -> jax.Array:

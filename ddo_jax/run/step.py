@@ -16,7 +16,7 @@ from ddo_jax import config as configs
 from ddo_jax import sharding
 from ddo_jax.core import ddo, ema, phema, schedules
 from ddo_jax.families import Family, Side
-from ddo_jax.run.state import averages, named_averages, new_state, optimizer
+from ddo_jax.run.state import averages, lengths, named_averages, new_state, optimizer
 
 
 class Hyper(NamedTuple):
@@ -144,14 +144,15 @@ def accumulated(objective, params, batch, parts: int):
 
 
 def averaged(current, params, c, seen) -> dict:
-    """The averages of a training state after one more step: its "ema", and its "emas" where it has them."""
-    if not c.ema_stds:
-        beta = ema.half_life_beta(seen, c.batch, c.ema_mimg * 1e6, c.ema_rampup or None)
-        return {"ema": ema.ema_update(current["ema"], params, beta)}
-    before = averages(current, c.ema_stds)
-    return named_averages(
-        {std: ema.ema_update(e, params, phema.power_beta(seen, c.batch, std)) for std, e in before.items()}
-    )
+    """The averages of a training state after one more step: its "ema" and "emas", as far as it has them."""
+
+    def beta(std):
+        if std is None:
+            return ema.half_life_beta(seen, c.batch, c.ema_mimg * 1e6, c.ema_rampup or None)
+        return phema.power_beta(seen, c.batch, std)
+
+    before = averages(current, lengths(c))
+    return named_averages({std: ema.ema_update(e, params, beta(std)) for std, e in before.items()})
 
 
 def decayed(c, seen, total: float):
@@ -239,7 +240,7 @@ def make_step(training: Training):
         state = advance(training, {**state, "params": params}, grads, inputs.hyper.lr)
         return state, jax.tree.map(jnp.add, totals, stats)
 
-    shapes = jax.eval_shape(lambda k: new_state(family.init(k)[0], training.optimizer, c.ema_stds), jax.random.key(0))
+    shapes = jax.eval_shape(lambda k: new_state(family.init(k)[0], c), jax.random.key(0))
     out = (sharding.tree_sharding(mesh, shapes), sharding.replicated(mesh))
     options = family.compiler_options or None
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=out, compiler_options=options)

@@ -217,10 +217,12 @@ class Checkpoints:
             try:
                 _merge(self.directory / str(step) / "state")
                 meta = read_meta(self.directory, step)
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                # of versions before 2026-12 an average that is none is there all the same
+                extra = {"ema": abstract["params"]} if "ema" not in abstract and _averaged(meta) else {}
+                args = ocp.args.Composite(state=ocp.args.StandardRestore({**abstract, **extra}))
                 restored = self._manager.restore(step, args=args)
                 _verify(restored["state"], meta["digests"])
-                return restored["state"], meta
+                return {name: restored["state"][name] for name in abstract}, meta
             except Exception as e:  # Orbax raises many kinds for damaged files: none of them may stop a run
                 print(
                     f"warning: checkpoint {self.directory}/{step} is damaged ({_reason(e)}): skipped", file=sys.stderr
@@ -292,8 +294,14 @@ def keep_ema(directory: epath.PathLike, step: int, params, meta: dict, score: fl
             checkpoints.save(step, {"ema": params}, meta, score)
 
 
+def _averaged(meta: dict) -> bool:
+    """Whether a checkpoint holds an average beside the parameters."""
+    return any(path.startswith("['ema']") for path in meta["digests"])
+
+
 def restore_ema(directory: epath.PathLike, step: int | None, abstract):
-    """The EMA parameters of one checkpoint (None: the newest), verified, on the shardings of `abstract`.
+    """The EMA parameters of one checkpoint (None: the newest), or its parameters where the phase had no average;
+    verified, on the shardings of `abstract`.
 
     Raises:
       UserError: absent or damaged; names the directory.
@@ -308,14 +316,15 @@ def restore_ema(directory: epath.PathLike, step: int | None, abstract):
         if step is None or step not in manager.all_steps():
             have = ", ".join(map(str, manager.all_steps())) or "none"
             raise UserError(f"{directory}: no checkpoint of step {step} (there are: {have})")
-        item = {"ema": abstract}
         partial = functools.partial(ocp.args.PyTreeRestore, partial_restore=True)
-        args = ocp.args.Composite(
-            state=partial(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)),
-        )
         try:
             _merge(directory / str(step) / "state")
             meta = read_meta(directory, step)
+            name = "ema" if _averaged(meta) else "params"
+            item = {name: abstract}
+            args = ocp.args.Composite(
+                state=partial(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)),
+            )
             restored = manager.restore(step, args=args)
             _verify(restored["state"], meta["digests"])
         except UserError:
@@ -327,4 +336,4 @@ def restore_ema(directory: epath.PathLike, step: int | None, abstract):
                 f"of it or take another checkpoint; a run makes it anew once {phase} and what came of it (later "
                 "rounds, control, report, best) are moved aside"
             ) from None
-        return restored["state"]["ema"]
+        return restored["state"][name]

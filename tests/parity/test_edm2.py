@@ -374,9 +374,7 @@ def test_trajectory(small, family):
     mesh = sharding.make_mesh()
     training = step.Training(family, mesh, c, "ddo", warmup=0.0, total=3.0 * size)
     frozen, ref = {"buffers": small.buffers}, sharding.place(mesh, small.ref)
-    running = sharding.place(
-        mesh, state.new_state(jax.tree.map(jnp.asarray, small.params), training.optimizer, c.ema_stds)
-    )
+    running = sharding.place(mesh, state.new_state(jax.tree.map(jnp.asarray, small.params), c))
     advance = step.make_step(training)
     losses = []
     for i, lr in enumerate(small.golden["traj/lr"]):

@@ -128,7 +128,7 @@ def test_against_the_compiler(micro):
     c.batch = 512
     params, frozen = jax.eval_shape(family.init, jax.random.key(0))
     training = step.Training(family, sharding.make_mesh(), c, "ddo", warmup=0.0, total=1e6)
-    shapes = jax.eval_shape(lambda p: state.new_state(p, training.optimizer), params)
+    shapes = jax.eval_shape(lambda p: state.new_state(p, training.config), params)
     records = memory.record(family, c.batch)
     totals, key = jax.eval_shape(lambda: (step.zero_totals(family, "ddo"), jax.random.key(0)))
     hyper = step.Hyper(4.0, 0.2, 1e-6, (-0.4, 1.2))

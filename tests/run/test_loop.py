@@ -37,7 +37,7 @@ def leaves(state):
 
 def final(phase, setup):
     with loop.Checkpoints(phase.directory / "checkpoints") as c:
-        fresh = loop.state.new_state(phase.start(), loop.state.optimizer(phase.config), phase.config.ema_stds)
+        fresh = loop.state.new_state(phase.start(), phase.config)
         abstract = loop.sharding.abstract(setup.mesh, jax.eval_shape(lambda: fresh))
         return c.restore_latest(abstract)
 

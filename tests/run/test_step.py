@@ -17,7 +17,7 @@ def build(setup, objective, **changes):
     c.update(changes)
     training = step.Training(setup.family, setup.mesh, c, objective, warmup=0.0, total=1e6)
     params, _ = random_variables(setup.family.init, seed=1)
-    fresh = sharding.place(setup.mesh, state.new_state(params, training.optimizer, c.ema_stds))
+    fresh = sharding.place(setup.mesh, state.new_state(params, c))
     record = {k: np.asarray(v) for k, v in setup.data.read(np.arange(2 * c.batch)).items()}
     real, fake = ({k: v[part] for k, v in record.items()} for part in (slice(None, c.batch), slice(c.batch, None)))
     partners = dict(fake=fake, ref=params) if objective == "ddo" else dict(fake=None)

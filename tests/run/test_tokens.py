@@ -163,7 +163,7 @@ def test_first_step_is_at_the_reference(run, start, tmp_path):
     """Breaks if target and reference, which are two programs here, disagree on what they score."""
     phase = candidate(run, tmp_path, start)
     ((real, fake, s_ref),) = steps_of(phase, run, 1)
-    fresh = sharding.place(run.mesh, state.new_state(start, state.optimizer(phase.config)))
+    fresh = sharding.place(run.mesh, state.new_state(start, phase.config))
     totals = sharding.replicate(run.mesh, step.zero_totals(run.family, "ddo"))
     key = sharding.replicate(run.mesh, state.derive(phase.seed, "step"))
     advance = run.programs.step_for(phase.objective, phase.section, phase.warmup, phase.steps)

@@ -222,3 +222,16 @@ def test_what_messages_advise(tmp_path, capsys):
     for text in (str(first.value), str(second.value)):
         assert "remove" not in text and "delete" not in text and "aside" in text
         assert f"{tmp_path / 'pretrain'} " in text
+
+
+def test_a_phase_without_an_average_has_its_parameters(tmp_path):
+    """Breaks if what a VAR has made is not found, or a run of an older version, whose average was a copy, is lost."""
+    tree = {"params": {"w": jnp.arange(4.0)}, "step": jnp.int32(1)}
+    shapes = sharding.abstract(MESH, tree)
+    for name, saved in (("new", tree), ("old", {**tree, "ema": tree["params"]})):
+        with Checkpoints(tmp_path / name) as checkpoints:
+            checkpoints.save(1, sharding.place(MESH, saved), {"step": 1})
+        with Checkpoints(tmp_path / name) as checkpoints:
+            restored, _ = checkpoints.restore_latest(shapes)
+        assert same(restored, tree)
+        assert same(restore_ema(tmp_path / name, 1, shapes["params"]), tree["params"])

@@ -234,7 +234,7 @@ start, frozen = jax.tree.map(np.asarray, jax.jit(family.init)(jax.random.key(3))
 for name, devices, fsdp in (("one", jax.devices()[:1], 1), ("eight", jax.devices(), 2)):
     mesh = sharding.make_mesh(fsdp, devices)
     training = step.Training(family, mesh, p, "mle", warmup=0.0, total=1e6)
-    current = sharding.place(mesh, state.new_state(start, training.optimizer, p.ema_stds))
+    current = sharding.place(mesh, state.new_state(start, p))
     advance = step.make_step(training)
     totals = sharding.replicate(mesh, step.zero_totals(family, "mle"))
     key, hyper = sharding.replicate(mesh, jax.random.key(0)), step.Hyper(1.0, 1.0, 1e-3, (-1.2, 1.2))
