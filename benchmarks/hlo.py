@@ -17,6 +17,8 @@ COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+)(?: \(.*)? \{$")
 CALLED = re.compile(r"\b(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 SOURCE = re.compile(r'op_name="([^"]*)"')
 
 
@@ -57,19 +59,25 @@ def computations(text: str) -> tuple[str, dict[str, list[str]]]:
     return entry, found
 
 
+def trips(line: str, bodies: dict[str, list[str]]) -> int:
+    """How often the loop of a line runs: as the compiler says, or as the bound in its condition; else 1."""
+    if known := TRIPS.search(line):
+        return int(known[1])
+    condition = CONDITION.search(line)
+    bounds = [int(n) for inner in bodies.get(condition[1], ()) for n in BOUND.findall(inner)] if condition else []
+    return bounds[0] if len(bounds) == 1 else 1
+
+
 def times(entry: str, bodies: dict[str, list[str]]) -> collections.Counter:
-    """How often each computation runs in one call of the program; loops of unknown length count once."""
+    """How often each computation runs in one call of the program; a loop whose length is not to be seen counts once."""
     runs = collections.Counter()
 
     def walk(name: str, factor: int) -> None:
         runs[name] += factor
         for line in bodies.get(name, ()):
-            trips = TRIPS.search(line)
-            called = CALLED.findall(line) + [
-                b.strip(" %") for found in BRANCHES.findall(line) for b in found.split(",")
-            ]
-            for inner in called:
-                walk(inner, factor * (int(trips[1]) if trips else 1))
+            branches = [name.strip(" %") for found in BRANCHES.findall(line) for name in found.split(",")]
+            for inner in CALLED.findall(line) + branches:
+                walk(inner, factor * trips(line, bodies))
 
     walk(entry, 1)
     return runs

@@ -27,22 +27,21 @@ MESHES = ((1, 1), (8, 1), (8, 8), (64, 64))  # devices, fsdp
 
 
 def step_bytes(config, remat: bool, batch: int, devices: int = 1, fsdp: int = 1) -> dict[str, int]:
-    """Of the DDO step, see `memory.step_bytes`; and "kept", the copies that a round holds beside it."""
+    """Of the DDO step, see `memory.step_bytes`."""
     config = config.copy_and_resolve_references()
     config.remat = remat
     config.ddo.update(batch=batch, accumulation=1)
-    parts = memory.step_bytes(get_family(config), config.ddo, "ddo", devices, fsdp)
-    return {**parts, "kept": memory.KEPT * parts["params"]}
+    return memory.step_bytes(get_family(config), config.ddo, "ddo", devices, fsdp)
 
 
 def largest_batch(config, remat: bool, budget: int = BUDGET) -> int:
-    """Real images a step (with as many fakes) that fit into `budget` bytes on one device, beside what a round keeps.
+    """Real images a step (with as many fakes) that fit into `budget` bytes on one device.
 
     Bytes grow by the same amount with every pair once there are some tens of them: two batch sizes tell it.
     """
     few, many = (step_bytes(config, remat, batch) for batch in (32, 64))
     each = (many["total"] - few["total"]) / 32
-    return int((budget - many["total"] - many["kept"]) / each) + 64
+    return int((budget - many["total"]) / each) + 64
 
 
 def main() -> None:

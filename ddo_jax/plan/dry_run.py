@@ -167,8 +167,8 @@ def _memory(config, devices: int, params) -> list[str]:
         lines.append(f"{section}: {human(parts['total'], 'B')} per device with remat={config.remat}: {listed}")
         if other != parts:  # networks without blocks have nothing to recompute
             lines.append(f"{section}: {human(other['total'], 'B')} per device with remat={not config.remat}")
-    copies = memory.KEPT * memory.tree_bytes(params, config.mesh.fsdp)
-    lines.append(f"{human(copies, 'B')} more for the parameters of the run's start, the last best, the round's start")
+    copies = memory.PARKED * memory.tree_bytes(params)
+    lines.append(f"{human(copies, 'B')} of the hosts' memory for the parameters of the run's start and the last best")
     return [
         *lines,
         "estimates of training steps before fusion; edm2_in64 compiled for H100s takes 0.5 to 1.0 of them, for a "

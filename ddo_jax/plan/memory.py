@@ -11,7 +11,7 @@ from ddo_jax import sharding
 from ddo_jax.core.ddo import Pair
 from ddo_jax.run import state, step
 
-KEPT = 3  # copies of the parameters that self-play holds beside the step's: start of the run, of the round, last best
+PARKED = 2  # copies of the parameters in the memory of the hosts: the start of the run and the last best
 LOOPS = ("scan", "while")  # what they give back lies beside what their body makes
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import errno
+import gc
 import json
+import math
 import os
 import types
 
@@ -188,6 +190,27 @@ def play(setup, workdir, scores, **changes):
     own = dataclasses.replace(setup, scorer=Judge(setup.scorer, scores), **place)
     ref = parked(setup)
     return own, ref, *rounds.play_round(own, 0, ref)
+
+
+def test_nothing_of_the_parameters_size_lies_beside_the_step(setup, new_workdir, monkeypatch):
+    """Breaks if the start of the run or of the round, or the last best, keeps memory of the devices in a DDO step."""
+    whole = jax.tree.map(np.asarray, jax.jit(setup.family.init)(jax.random.key(0))[0])
+    shape, seen = max((x.shape for x in jax.tree.leaves(whole)), key=math.prod), []
+    alike = sum(x.shape == shape for x in jax.tree.leaves(whole))
+    gc.collect()
+    before = sum(x.shape == shape for x in jax.live_arrays())
+
+    def advance(self, done, *args):
+        gc.collect()
+        if done == 1:  # later Orbax may still be writing what it copied
+            seen.append(sum(x.shape == shape for x in jax.live_arrays()) - before)
+        return own(self, done, *args)
+
+    own = loop._Loop.advance
+    monkeypatch.setattr(loop._Loop, "advance", advance)
+    play(setup, new_workdir("copies"), lambda _, step: float(step))
+    # Parameters, their average, two moments; the reference. On a CPU what is parked is a view, and so one more.
+    assert seen == [6 * alike, 6 * alike]
 
 
 def test_a_worse_candidate_keeps_the_reference(setup, new_workdir):
