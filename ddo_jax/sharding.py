@@ -100,7 +100,8 @@ def _gathered(weight, mesh):
 
 def _scattered(mesh, _, gradient):
     rule = NamedSharding(mesh, leaf_spec(gradient.shape, mesh.shape["fsdp"]))
-    return (jax.lax.with_sharding_constraint(gradient, rule),)
+    summed = jax.lax.with_sharding_constraint(gradient, replicated(mesh))  # else XLA makes a loop of it, too
+    return (jax.lax.with_sharding_constraint(summed, rule),)
 
 
 _gathered.defvjp(lambda weight, mesh: (_gathered(weight, mesh), None), _scattered)
