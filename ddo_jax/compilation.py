@@ -6,6 +6,7 @@ import sys
 
 import jax
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 
 from ddo_jax import files
 
@@ -29,7 +30,7 @@ def cache():
     else:
         jax.config.update("jax_compilation_cache_dir", str(files.cache_dir("xla")))
     _check_folder()
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # a run has dozens of small programs
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.monitoring.register_event_duration_secs_listener(on_duration)
     jax.monitoring.register_event_listener(on_event)
@@ -40,6 +41,15 @@ def cache():
             f"({jax.config.jax_compilation_cache_dir})",
             file=sys.stderr,
         )
+
+
+def share(folder: epath.PathLike) -> None:
+    """Use a folder that all hosts see, in a run of several processes: the first process alone writes to JAX's cache,
+    and on their own disks the others would compile everything again at every start."""
+    if jax.process_count() == 1 or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+    compilation_cache.reset_cache()  # it is opened at the first compilation, which was before
 
 
 def _check_folder() -> None:

@@ -3,11 +3,15 @@
 The paper's trade-off of FID and Inception Score over the strength of guidance, as a table and a picture.
 """
 
-import math
+from __future__ import annotations
 
-from matplotlib.figure import Figure
+import math
+from typing import TYPE_CHECKING
 
 from ddo_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HIGHER = ("is", "accuracy", "precision", "recall", "density", "coverage")  # is better; of all other metrics lower
 
@@ -74,6 +78,8 @@ def figure(key: str, rows: dict, title: str) -> Figure:
     distance = next((n for n in names if not _higher(n)), None)
     trade = [(score, distance)] if score and distance else []
     panels = trade + [(key, name) for name in names]
+    from matplotlib.figure import Figure  # slow, and rarely asked for
+
     drawn = Figure(figsize=(4.4 * len(panels), 3.8), layout="constrained")
     for axes, (x, y) in zip(drawn.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         points = [(value if x == key else numbers[x], numbers[y]) for value, numbers in rows.items()]

@@ -1,14 +1,26 @@
-"""The report's pictures, as matplotlib figures."""
+"""The report's pictures, as matplotlib figures; the library is imported when one is drawn, not when a run starts."""
+
+from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from ddo_jax.report.pictures import grid
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 COLOURS = {"round": ("#1f6fb4", "#3fa34d", "#8e44ad", "#c0762b", "#b03a5b", "#2aa198"), "control": "#888888"}
+
+
+def drawn(**size) -> Figure:
+    """An empty figure."""
+    from matplotlib.figure import Figure
+
+    return Figure(**size, layout="constrained")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +47,7 @@ class Ratios:
 def curves(runs: list[Curve], metric: str) -> Figure:
     """`metric` over millions of images; one line a candidate, a ring at its best, a cross where it was stopped; rounds
     follow one another."""
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    figure = drawn(figsize=(9, 4.5))
     axes = figure.subplots()
     for run in runs:
         palette = COLOURS["round"]
@@ -71,7 +83,7 @@ def plane(points: list[Visited], metric: str) -> Figure:
     """What every round tried, one panel a round, the last six: `metric` over beta, a colour an alpha; dashed the first
     evaluation, full the best one."""
     numbers = sorted({p.round for p in points})[-6:]
-    figure = Figure(figsize=(3.6 * len(numbers), 3.2), layout="constrained")
+    figure = drawn(figsize=(3.6 * len(numbers), 3.2))
     alphas = sorted({p.alpha for p in points})
     for axes, number in zip(figure.subplots(1, len(numbers), squeeze=False)[0], numbers, strict=True):
         for alpha, colour in zip(alphas, itertools.cycle(COLOURS["round"]), strict=False):
@@ -94,7 +106,7 @@ def plane(points: list[Visited], metric: str) -> Figure:
 def histograms(ratios: list[Ratios]) -> Figure:
     """Log-ratios of real and fake images, one panel a round, the last six."""
     ratios = ratios[-6:]
-    figure = Figure(figsize=(3.6 * len(ratios), 3.2), layout="constrained")
+    figure = drawn(figsize=(3.6 * len(ratios), 3.2))
     for axes, entry in zip(figure.subplots(1, len(ratios), squeeze=False)[0], ratios, strict=True):
         both = np.concatenate([entry.real, entry.fake])
         bins = np.linspace(*np.percentile(both, [0.5, 99.5]), 50)
@@ -109,7 +121,7 @@ def histograms(ratios: list[Ratios]) -> Figure:
 
 def grids(sets: dict[str, np.ndarray], levels: int) -> Figure:
     """Image sets of the same seeds, one beside the other; uint8 with `levels` grey levels."""
-    figure = Figure(figsize=(4.2 * len(sets), 4.6), layout="constrained")
+    figure = drawn(figsize=(4.2 * len(sets), 4.6))
     for axes, (title, images) in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets.items(), strict=True):
         axes.imshow(grid(images, levels), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_title(title, fontsize=11)

@@ -1,19 +1,23 @@
 """The report of a run: Markdown with PNG pictures, every number with its protocol."""
 
+from __future__ import annotations
+
 import dataclasses
 import io
 import json
 import statistics
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from matplotlib.figure import Figure
 
 from ddo_jax import files
 from ddo_jax.config import method_of
 from ddo_jax.evaluate.records import Evaluation, Round
 from ddo_jax.report import plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NAMES = {"start": "start (pretrained)", "control": "control (continued MLE)"}
 METHODS = {

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from etils import epath
 
+from ddo_jax import compilation, files, hosts, sharding, stores
 from ddo_jax import config as configs
-from ddo_jax import files, hosts, sharding, stores
 from ddo_jax.data import sources
 from ddo_jax.families import Family
 from ddo_jax.generate.sampler import make_sampler
@@ -86,6 +86,7 @@ def prepare(config, workdir: epath.PathLike, console: record.Console) -> Setup:
     inputs |= {name: weights_digest(frozen[name]) for name in frozen if name not in own}
     inputs |= scoring.scoring_inputs(config)
     workdir = workdirs.open_workdir(config, workdir, inputs)
+    compilation.share(workdir / "xla")
     if jax.process_index() == 0:
         files.remove_leftovers(workdir, config.lease_s)
     workdirs.check_inputs(workdir, inputs)
