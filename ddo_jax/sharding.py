@@ -83,14 +83,20 @@ def rows(x):
     return x if mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
-def whole(weight):
+def whole(weight, platform: str | None = None):
     """A weight as it is multiplied: gathered on every device, where a program is traced for some; else as it is.
 
-    Left to itself XLA gathers no kernel of a convolution on a TPU: every convolution becomes a loop over the shards,
-    which go round the ring while a slice of the channels is computed (docs/scaling.md). Its gradient is scattered.
+    Left to itself XLA exchanges the small activations of AdaLN instead, and gathers no kernel of a convolution on a
+    TPU: every convolution becomes a loop over the shards, which go round the ring while a slice of the channels is
+    computed (docs/scaling.md). The gradient is scattered.
+
+    Args:
+      platform: gather there only ("tpu").
     """
     mesh = _MESH.get()
-    return weight if mesh is None or mesh.shape["fsdp"] == 1 else _gathered(weight, mesh)
+    if mesh is None or mesh.shape["fsdp"] == 1 or platform not in (None, mesh.devices.flat[0].platform):
+        return weight
+    return _gathered(weight, mesh)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

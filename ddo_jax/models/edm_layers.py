@@ -145,7 +145,8 @@ def upsample(x, taps, pad: int):
 
 def convolve(x, weight, pad: int):
     """Cross-correlation of x [B,H,W,Ci] with weight [k,k,Ci,Co], stride 1, `pad` zeros on each side."""
-    layout, kernel = ("NHWC", "HWIO", "NHWC"), sharding.whole(weight.astype(x.dtype))
+    layout = ("NHWC", "HWIO", "NHWC")
+    kernel = sharding.whole(weight.astype(x.dtype), "tpu")  # XLA gathers it itself on GPUs, where this costs memory
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), [(pad, pad)] * 2, dimension_numbers=layout)
 
 
