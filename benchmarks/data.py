@@ -2,7 +2,7 @@
 
     python -m benchmarks.data                         # all kinds of sets, some minutes
     python -m benchmarks.data zip folder --num=512
-    python -m benchmarks.data pool listing start      # a pool of 50,000; 1,281,167 names; a process to its first step
+    python -m benchmarks.data pool listing start ahead   # 50,000 fakes; 1,281,167 names; first step; overlap
 
 Sets are made in a temporary folder, read in random order through the pipeline of a run (`data.pipeline.batches`, the
 threads of `data.sources`), with nothing kept from one visit to the next. "per_core_s" counts the seconds of all
@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import numpy as np  # noqa: E402
-from common import ROOT, report  # noqa: E402
+from common import ROOT, report, spread  # noqa: E402
 
 TRAIN = 1_281_167  # images of ImageNet
 
@@ -186,12 +186,46 @@ def start(repeats: int = 3) -> None:
             report("data/start", run=i, first_step_s=None if first is None else round(first, 2), cached=i > 0)
 
 
+def ahead(steps: int = 8) -> None:
+    """Whether the host is done with a step long before the device is: seconds of both, of a U-Net's MLE step."""
+    import jax
+
+    from configs import digits
+    from ddo_jax import sharding
+    from ddo_jax.run import candidates, loop, prepare, record, state, step
+
+    config = digits.get_config("unet")
+    with tempfile.TemporaryDirectory() as folder:
+        setup = prepare.prepare(config, folder, record.Console())
+        phase = candidates.phase(
+            setup, "pretrain", "pretrain", lambda: jax.jit(setup.family.init)(jax.random.key(0))[0]
+        )
+        data, key = loop.feed(phase, setup, 0), loop.step_key(phase, setup)
+        advance = setup.programs.step_for(phase.objective, phase.section, phase.warmup, phase.steps)
+        zero = step.zero_totals(setup.family, phase.objective)
+        current = (
+            sharding.place(setup.mesh, state.new_state(phase.start(), phase.config)),
+            sharding.place(setup.mesh, zero),
+        )
+        seconds = {"host": [], "whole": []}
+        for i in range(steps + 2):
+            began = time.perf_counter()
+            real, *_ = next(data)
+            current = advance(*current, step.Inputs(setup.frozen, real, None, key, phase.hyper))
+            host = time.perf_counter() - began
+            jax.block_until_ready(current)
+            if i > 1:
+                seconds["host"].append(host)
+                seconds["whole"].append(time.perf_counter() - began)
+    report("data/ahead", **{f"{name}_s": spread(values) for name, values in seconds.items()})
+
+
 KINDS = ("zip", "folder", "array_record", "latents", "jpeg")
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("what", nargs="*", default=[*KINDS, "pool", "listing", "start"])
+    p.add_argument("what", nargs="*", default=[*KINDS, "pool", "listing", "start", "ahead"])
     p.add_argument("--num", type=int, default=2048, help="images of a set; jpeg: a quarter")
     p.add_argument("--batch", type=int, default=512)
     p.add_argument("--pool", type=int, default=50_000)
@@ -209,6 +243,8 @@ def main() -> None:
             pool(Path(a.into), what.removeprefix("pool-"), a.pool)
         elif what == "listing":
             listing(TRAIN)
+        elif what == "ahead":
+            ahead()
         else:
             start()
 
