@@ -12,19 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import toys
 
 import ddo_jax
 
 SIGMA_DATA, ALPHA = 0.6, 1.0  # of two dimensions; images take more
 BETA = {"velocity": 1.0, "x": 4.0, "edm": 1.0}
 BATCH, POOL, STEPS, EVERY, NFE = 512, 8192, 90, 30, 20
-
-
-def moons(rng, n):
-    """Two half-moons, [n, 2]."""
-    angle, side = np.pi * rng.random(n), rng.integers(0, 2, n)
-    x = np.stack([np.cos(angle) - 0.5, np.sin(angle) - 0.25], axis=1) * np.where(side, -1, 1)[:, None]
-    return jnp.asarray(0.6 * x + 0.02 * rng.standard_normal((n, 2)), jnp.float32)
 
 
 def init(key, width=96):
@@ -94,21 +88,14 @@ def sample(params, key, n):
     return jax.lax.scan(euler, jax.random.normal(key, (n, 2)), jnp.arange(NFE) / NFE)[0]
 
 
-@jax.jit
-def energy_distance(x, y):
-    """2 E|x - y| - E|x - x'| - E|y - y'|, 0 for equal laws."""
-    xy, xx, yy = (jnp.mean(jnp.linalg.norm(a[:, None] - b[None], axis=-1)) for a, b in ((x, y), (x, x), (y, y)))
-    return 2 * xy - xx - yy
-
-
 def main(rounds=2, pretraining=400, kinds=tuple(BETA)):
     """{weight: (score of the start, of the end)}, energy distances times 1000."""
     rng, found = np.random.default_rng(0), {}
-    data, fresh = moons(rng, POOL), moons(rng, 2048)
+    data, fresh = toys.moons(rng, POOL), toys.moons(rng, 2048)
     _, start = trained(init(jax.random.key(0)), None, data, data, jax.random.key(1), mle, "", pretraining, 3e-3)
 
     def score(params):
-        return 1000 * float(energy_distance(sample(params, jax.random.key(2), len(fresh)), fresh))
+        return 1000 * float(toys.energy_distance(sample(params, jax.random.key(2), len(fresh)), fresh))
 
     for kind in kinds:
 

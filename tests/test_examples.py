@@ -25,3 +25,41 @@ def test_optax_loop(capsys):
     assert end["loss"] < at_reference - 0.005
     np.testing.assert_allclose(end["loss_real"] + end["loss_fake"], end["loss"], rtol=1e-5)
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(history)
+
+
+def example(name, monkeypatch):
+    """The names of an example."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="example")
+
+
+def test_figure1(monkeypatch, tmp_path):
+    """The paper's Figure 1: the numbers of docs/specs/ddo.md, section 10."""
+    script = example("figure1", monkeypatch)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        kl, best, (mu, log_sigma) = script["run"](4.0, 0.1, -1)
+        stays, *_ = script["run"](1.0, 0.1, -1)
+        spreads, first, _ = script["run"](4.0, 0.1, 1)
+    assert 270 < best < 295 and abs(kl[best] - 0.402) < 0.005 and kl[-1] > kl[0] > 1.6
+    np.testing.assert_allclose((mu, np.exp(log_sigma)), (-0.15, 0.70), atol=0.02)
+    assert np.ptp(stays) < 0.01 and first == 0 and spreads[-1] > 10
+    script["draw"]({(4.0, 0.1, -1): (kl, best, (mu, log_sigma))}, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_rectified_flow(monkeypatch, capsys):
+    """A flow gets nearer to its data under the weight of EDM."""
+    script = example("rectified_flow", monkeypatch)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        start, end = script["main"](rounds=1, kinds=("edm",))["edm"]
+    assert end < 0.85 * start
+    assert "energy distance" in capsys.readouterr().out
+
+
+def test_transformer(monkeypatch):
+    """Labels are dropped for real and fake alike, and a round of few steps is better than its start."""
+    script = example("transformer", monkeypatch)
+    script["main"].__globals__.update(STEPS=20, EVERY=10, POOL=1024, BATCH=128)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        start, end, _ = script["main"](rounds=1, pretraining=120)
+    assert end < start
