@@ -1,10 +1,14 @@
 """The examples run and show what they promise."""
 
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -63,3 +67,25 @@ def test_transformer(monkeypatch):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         start, end, _ = script["main"](rounds=1, pretraining=120)
     assert end < start
+
+
+@pytest.mark.parametrize("name", ["nnx_model", "equinox_model"])
+def test_models_of_other_libraries(name, monkeypatch):
+    """The two modules of the loss are one network at first, and some steps of DDO keep it a generator."""
+    script = example(name, monkeypatch)
+    small = dict(pretraining=60) if name == "nnx_model" else dict(pretraining=60, rounds=1)
+    script["main"].__globals__.update(STEPS=10, EVERY=5, POOL=1024, BATCH=256)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        start, end, _ = script["main"](**small)
+    assert 0 < end < 2 * start < 1000
+
+
+def test_shard_map():
+    """Four devices in small batches take the steps of one in large batches."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(EXAMPLES / "shard_map.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = done.stdout.splitlines()
+    assert first.startswith("4 devices: mean 0.00 -> 0.4")
+    assert float(second.split()[-3]) < 1e-5
