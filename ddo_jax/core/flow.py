@@ -6,7 +6,7 @@
 x_t / t = x + sigma eps with sigma = (1 - t) / t, so what takes a denoiser takes a flow. Code that counts time the other
 way (t = 0 is data, u = eps - x) is the same with t -> 1 - t and v -> -v.
 
-Reference: Lipman et al. 2023, arXiv 2210.02747; Ma et al. 2024, arXiv 2401.08740; specs/sit.md.
+Reference: Lipman et al. 2023, arXiv 2210.02747; Ma et al. 2024, arXiv 2401.08740; specs/sit.md sections 1 and 4.
 """
 
 import jax.numpy as jnp
