@@ -9,7 +9,7 @@ EDM2-S weights, the Inception weights and EDM2's reference statistics (docs/weig
 
 280 million parameters; `--dry_run` adds up memory, FLOPs and images, and lists what is missing. Compiled, not run
 (benchmarks/aot.py): one 80 GB GPU --config.ddo.accumulation=4 (40 GB); 8 x H100
---config.mesh.fsdp=8 (22 GB each); v5e:4x4 --config.mesh.fsdp=16 --config.ddo.accumulation=4 (6 GB a chip).
+--config.mesh.fsdp=8 (22 GB each); v5e:4x4 --config.mesh.fsdp=16 --config.ddo.accumulation=4 (4 GB a chip).
 NOT RUN here (no weights, no accelerator).
 
 Variants: `:search` the grid over alpha and beta in every round, `:auto` beta found by every round (docs/search.md),

@@ -12,8 +12,8 @@ dropped rows of weight 1. `:paper` follows the text. Which guidance gave 3.12 an
 Needs ImageNet as a prepared TFDS set or as a folder (--config.data.name=folder:~/imagenet/train), resized and cropped
 as it is read (data.crop), the released transformer and tokenizer (`var-d16`, `var-d30`, `var-vae`), the Inception
 weights and OpenAI's reference batch (docs/weights.md). `--dry_run` adds up memory and images. Memory of a step as
-compiled for H100s, with remat: 8 cards with --config.mesh.fsdp=8 10.0 GB each (d16), 15.5 GB (d30); one card 20.7 GB
-(d16) with --config.ddo.accumulation=16. NOT RUN here (no weights, no ImageNet, no accelerator).
+compiled for H100s, with remat: 8 cards with --config.mesh.fsdp=8 10.0 GB each (d16), 11.8 GB (d30); one card 19.3 GB
+(d16) with --config.ddo.accumulation=16, 48.0 GB (d30) with 32. NOT RUN here (no weights, no ImageNet, no accelerator).
 
 Variants, after the size (d16, d20, d24, d30) if it is given, as in `:d30:released`: `:paper` (see above); `:search` a
 grid over alpha; `:auto` beta found by every round (docs/search.md); `:from_scratch` VAR's own pretraining first;
