@@ -167,7 +167,7 @@ def test_r_is_zero_at_the_start_of_a_round():
     """Breaks if the reference is not projected: r is then a constant below 0 for every example."""
     fam, (params, frozen) = family(), variables()
     params = jax.tree.map(lambda v: v * 0.9 if v.ndim else v, params)  # as averaging leaves them
-    start, reference = rounds.anchors(fam, sharding.make_mesh(), params)
+    start, reference = (make() for make in rounds.anchors(fam, sharding.make_mesh(), lambda: params))
     examples, draws = batch()
 
     @jax.jit
