@@ -89,3 +89,12 @@ def test_shard_map():
     first, second = done.stdout.splitlines()
     assert first.startswith("4 devices: mean 0.00 -> 0.4")
     assert float(second.split()[-3]) < 1e-5
+
+
+def test_masked(monkeypatch):
+    """An ELBO with the same draws on both sides is a likelihood: some steps keep what the model can."""
+    script = example("masked", monkeypatch)
+    script["main"].__globals__.update(STEPS=10, EVERY=5, POOL=512, BATCH=128)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        start, end, _ = script["main"](pretraining=60)
+    assert end <= start <= 100
