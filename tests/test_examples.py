@@ -60,6 +60,7 @@ def test_rectified_flow(monkeypatch, capsys):
     assert "energy distance" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_transformer(monkeypatch):
     """Labels are dropped for real and fake alike, and a round of few steps is better than its start."""
     script = example("transformer", monkeypatch)
