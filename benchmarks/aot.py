@@ -44,8 +44,7 @@ dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 12 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-# What a compiler says a device has (v5e), device_memory_size above, or the vendor's figure (v5p, v6e: 95 and 31.25 GiB
-# are what the compilers named in their own errors)
+# device_memory_size above, and what libtpu names in its error for a program that is too large (0.0.42.1)
 MEMORY = {"h100": 84942979072, "v5e": int(15.75 * 2**30), "v5p": int(95.74 * 2**30), "v6e": int(31.25 * 2**30)}
 
 
@@ -59,7 +58,10 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--remat", action=argparse.BooleanOptionalAction, help="default: the config's")
     p.add_argument("--effort", type=float, default=-1.0, help="-1: compile fast; 0: the compiler's default")
     p.add_argument("--text", help="file to write the compiled program to, for benchmarks.hlo")
-    return p.parse_args()
+    a = p.parse_args()
+    if a.target.partition(":")[0] not in MEMORY:
+        p.error(f"--target={a.target}; allowed: {', '.join(MEMORY)}, with a size behind a colon")
+    return a
 
 
 def environment(target: str) -> None:

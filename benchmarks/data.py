@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import numpy as np  # noqa: E402
-from common import ROOT, report, spread  # noqa: E402
+from common import ROOT, paired, report, spread  # noqa: E402
 
 TRAIN = 1_281_167  # images of ImageNet
 
@@ -163,7 +163,10 @@ def listing(num: int) -> None:
         opened = time.perf_counter() - began
         began = time.perf_counter()
         records.fingerprint  # noqa: B018
-        report("data/listing", num=num, open_s=round(opened, 2), fingerprint_s=round(time.perf_counter() - began, 2))
+        named, paths = time.perf_counter() - began, [Path(records.where(i)) for i in range(num)]
+        together, single = paired(lambda: archives._sizes(paths), lambda: [os.stat(p).st_size for p in paths], 1)
+        seconds = dict(open_s=opened, fingerprint_s=named, sizes_s=together[0], sizes_one_by_one_s=single[0])
+        report("data/listing", num=num, **{name: round(value, 2) for name, value in seconds.items()})
 
 
 def start(repeats: int = 3) -> None:

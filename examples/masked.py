@@ -3,7 +3,8 @@
     python examples/masked.py
 
 The network fills in masked tokens. With each token masked with probability t ~ U(0, 1), the mean of
-(1 / t) sum_masked log p(token | the rest) is a lower bound of log p(sentence). ONE draw of (t, mask) serves target and
+(1 / t) sum_masked log p(token | the rest) is a lower bound of log p(sentence); here t starts at 1/16, for below it
+hardly anything is masked, and 1 / t is large. ONE draw of (t, mask) serves target and
 reference, on real and fake row i: what both networks find hard cancels in r. "Any likelihood" means no more than that:
 a number of nats for an example, and randomness that is passed in.
 """
@@ -21,7 +22,7 @@ BATCH, POOL, STEPS, EVERY = 256, 4096, 60, 10
 
 
 def draw(key, n):
-    """All the randomness of a step: t [n], at least one token of them all, and mask [n, L]."""
+    """All the randomness of a step: t [n] and mask [n, L]."""
     key_t, key_mask = jax.random.split(key)
     t = jax.random.uniform(key_t, (n,), minval=1 / toys.LENGTH)
     return t, jax.random.uniform(key_mask, (n, toys.LENGTH)) < t[:, None]

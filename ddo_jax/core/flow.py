@@ -100,7 +100,7 @@ def flow_weight(kind: str, t: Float[Array, "*s"], sigma_data: ScalarLike) -> Flo
 
     Args:
       kind: one of them. "velocity" lets single rows with t near 1 have a large say; "edm" is what an EDM network gives.
-      t: any shape, in (0, 1). sigma_data: standard deviation of the data, > 0; read by "edm".
+      t: any shape, in (0, 1]. sigma_data: standard deviation of the data, > 0; read by "edm".
 
     Returns:
       w >= 0, shape and dtype of t, at least float32.

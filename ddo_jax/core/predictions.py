@@ -20,10 +20,11 @@ from jaxtyping import Array, Float, ScalarLike
 
 from ddo_jax.core import ddo, door, edm
 
-KINDS: dict[str, Callable[[Float[Array, "*s"]], Float[Array, "*s"]]] = {
-    "image": jnp.ones_like,
-    "noise": lambda sigma: sigma**2,
-    "velocity": lambda sigma: (sigma / (1 + sigma)) ** 2,  # (1 - t)^2 at t = 1 / (1 + sigma)
+# Of (sigma, sigma_data), with lambda written out where it would be infinity times 0 at sigma = 0.
+KINDS: dict[str, Callable[..., Float[Array, "*s"]]] = {
+    "image": edm.loss_weight,
+    "noise": lambda sigma, sd: (sigma**2 + sd**2) / sd**2,
+    "velocity": lambda sigma, sd: (sigma**2 + sd**2) / (sd * (1 + sigma)) ** 2,  # 1 - t = sigma / (1 + sigma)
 }
 
 
@@ -67,8 +68,9 @@ def prediction_weight(kind: str, sigma: Float[Array, "*s"], sigma_data: ScalarLi
         image: lambda(sigma)      noise: lambda(sigma) sigma^2      velocity: lambda(sigma) (sigma / (1 + sigma))^2
 
     Args:
-      kind: what the network predicts. sigma: noise level, any shape, > 0; of a variance-preserving process
-        sqrt(1 - abar) / sqrt(abar), of a flow (1 - t) / t. sigma_data: standard deviation of the data, > 0.
+      kind: what the network predicts. sigma: noise level, any shape, > 0 (of noise and velocity >= 0); of a
+        variance-preserving process sqrt(1 - abar) / sqrt(abar), of a flow (1 - t) / t.
+      sigma_data: standard deviation of the data, > 0.
 
     Returns:
       w >= 0, shape and dtype of sigma, at least float32.
@@ -85,4 +87,4 @@ def prediction_weight(kind: str, sigma: Float[Array, "*s"], sigma_data: ScalarLi
         raise ValueError(f"kind is {kind!r}; allowed: {', '.join(KINDS)}")
     sigma = door.floats("sigma", sigma, rows=False)
     sigma = sigma.astype(np.promote_types(sigma.dtype, np.float32))
-    return edm.loss_weight(sigma, sigma_data) * KINDS[kind](sigma)
+    return KINDS[kind](sigma, jnp.asarray(sigma_data, sigma.dtype))

@@ -171,8 +171,8 @@ def _memory(config, devices: int, params) -> list[str]:
     lines.append(f"{human(copies, 'B')} of the hosts' memory for the parameters of the run's start and the last best")
     return [
         *lines,
-        "estimates of training steps before fusion; edm2_in64 compiled for H100s takes 0.5 to 1.0 of them, for a "
-        "TPU v5e 0.4 to 2.7",
+        "estimates of training steps before fusion; compiled programs took 0.4 to 1.0 of them on GPUs (VAR-d30 "
+        "without accumulation 4.5), 0.3 to 1.6 on TPUs (docs/scaling.md)",
     ]
 
 

@@ -48,7 +48,8 @@ def test_all_predictions_have_the_log_ratio_of_f(case):
 
 
 def test_times_and_noise_levels_are_inverse():
-    """Breaks if t counts the other way."""
+    """Breaks if t counts the other way, or the weight of data without noise (a t that rounds to 1) is not a number."""
+    np.testing.assert_array_equal(flow.flow_weight("edm", jnp.ones(1), SIGMA_DATA), 1.0)
     sigma = jnp.array([0.01, 1.0, 80.0])
     np.testing.assert_allclose(flow.sigma_of(flow.time_of(sigma)), sigma, rtol=1e-4)
 
