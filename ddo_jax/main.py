@@ -126,5 +126,10 @@ def main(argv):
         sys.exit(preemption.INTERRUPTED)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console script."""
     app.run(main, flags_parser=parse)
+
+
+if __name__ == "__main__":
+    command()

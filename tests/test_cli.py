@@ -10,6 +10,7 @@ PARSERS = [
     ("ddo_jax.evaluate.__main__", "parser", "images ref plot weights dinov2_weights keep out against data_dir"),
     ("ddo_jax.evaluate.__main__", "parser", "checkpoint ref plot weights dinov2_weights keep out guide vae"),
     ("ddo_jax.posthoc", "parser", "snapshots out"),
+    ("ddo_jax.push", "parser", "run"),
     ("ddo_jax.data.__main__", "parser", "src dst data_dir"),
     ("ddo_jax.data.__main__", "encode_parser", "src dst data_dir vae"),
 ]
@@ -20,11 +21,13 @@ def test_home_is_expanded_in_every_path(module, make, names):
     """Breaks if `~` after = makes a folder of that name, or names without a home change."""
     parser = getattr(importlib.import_module(module), make)()
     positional = {a.dest for a in parser._actions if not a.option_strings}
-    others = [a for a in parser._actions if a.required and a.dest not in names.split() and a.option_strings]
+    others = [a for a in parser._actions if a.required and a.dest not in names.split()]
 
     def parse(value):
         flags = [value if name in positional else f"--{name}={value}" for name in names.split()]
-        parsed = parser.parse_args([*flags, *(f"{a.option_strings[-1]}=1" for a in others)])
+        parsed = parser.parse_args(
+            [*flags, *(f"{a.option_strings[-1]}=1" if a.option_strings else "1" for a in others)]
+        )
         return {getattr(parsed, name) for name in names.split()}
 
     assert parse("~/x") == {os.path.expanduser("~/x")}

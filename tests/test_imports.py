@@ -20,7 +20,20 @@ PURE = {
 # From the bottom up. A module may import its own room and those before it; two rooms never import each other.
 ROOMS = ["errors", "core", "stores", "files", "npz", "hosts", "preemption", "sharding", "limits", "compilation", "cli"]
 ROOMS += ["models", "convert", "families"]
-ROOMS += ["data", "config", "store", "generate", "evaluate", "report", "run", "plan", "posthoc", "sample", "main"]
+ROOMS += [
+    "data",
+    "config",
+    "store",
+    "generate",
+    "evaluate",
+    "report",
+    "run",
+    "plan",
+    "posthoc",
+    "push",
+    "sample",
+    "main",
+]
 FORBIDDEN = ("flax", "torch", "tensorflow", "orbax", "matplotlib", "sklearn", "scipy.stats", "optax")
 
 

@@ -12,7 +12,7 @@ from ddo_jax.core.phema import MAX_STD
 from ddo_jax.core.samplers import MOST_SIGMA
 from ddo_jax.data.crops import CROPS
 from ddo_jax.data.images import ALPHA
-from ddo_jax.errors import UserError
+from ddo_jax.errors import UserError, deprecated
 from ddo_jax.families.base import PHASES, SAMPLER
 
 # Keys that only some families read; each family says which of them are its own (`Spec.config_keys`).
@@ -279,6 +279,8 @@ def validate(config, devices: int) -> None:
       UserError: one line with the key, the value, what is allowed.
     """
     _check_keys_and_types(config)
+    if config.objective is not None:
+        deprecated("config.objective", "config.method", gone="0.2")
     precisions = ("default", "high", "highest")  # the DotAlgorithmPreset names are dropped for convolutions
     require(config.precision in precisions, "precision", config.precision, ", ".join(precisions))
     dtypes = ("float32", "bfloat16", "float16")

@@ -98,6 +98,21 @@ SOURCES = {
 }
 
 
+# SPDX identifiers of what lies at an address, as its owners state them (README, "Licence"); of others nothing is known.
+LICENCES = {_EDM: "cc-by-nc-sa-4.0", _EDM2: "cc-by-nc-sa-4.0", _DDO: "cc-by-nc-sa-4.0", _VAR: "mit"}
+
+
+def licence(what: str) -> str:
+    """Of known names, and of files that are named as their owners name them; "unknown" of all else.
+
+    >>> licence("edm2-img64-s"), licence("/weights/var_d16.pth"), licence("hf://somebody/model/params.safetensors")
+    ('cc-by-nc-sa-4.0', 'mit', 'unknown')
+    """
+    url = SOURCES.get(ALIASES.get(what, what), what)
+    named = [u for u in SOURCES.values() if u.rsplit("/", 1)[1] == url.rsplit("/", 1)[-1]]
+    return next((spdx for u in [url, *named] for start, spdx in LICENCES.items() if u.startswith(start)), "unknown")
+
+
 # Files that come as Python packages: {name: (package, file in it, what pip calls it)}; looked at, never imported.
 PACKAGED = {
     "efficientnet-lite0": (
@@ -300,8 +315,8 @@ def _hf(url: str, target: Path) -> str:
     except Exception:  # its own exception of the day: not in its cache
         _check_online()
     # The hub retries for half a minute without a network, whatever timeout it is given: knock first.
-    host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).netloc
-    _open(f"https://{host}/api/models/{repo}", any_answer=True).close()
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    _open(f"{hub}/api/models/{repo}", any_answer=True).close()
     try:
         return hf_hub_download(repo, file)
     except Exception as e:

@@ -44,14 +44,19 @@ class Ratios:
     fake: list[float]
 
 
+def colour_of(run: Curve) -> str:
+    """Of its line: one for every round."""
+    palette = COLOURS["round"]
+    return COLOURS["control"] if run.kind == "control" else palette[run.index % len(palette)]
+
+
 def curves(runs: list[Curve], metric: str) -> Figure:
     """`metric` over millions of images; one line a candidate, a ring at its best, a cross where it was stopped; rounds
     follow one another."""
     figure = drawn(figsize=(9, 4.5))
     axes = figure.subplots()
     for run in runs:
-        palette = COLOURS["round"]
-        colour = COLOURS["control"] if run.kind == "control" else palette[run.index % len(palette)]
+        colour = colour_of(run)
         style = "--" if run.kind == "control" else "-"
         millions = np.asarray(run.images) / 1e6
         axes.plot(millions, run.values, style, color=colour, marker=".", label=run.label, lw=1.3)

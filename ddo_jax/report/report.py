@@ -1,4 +1,4 @@
-"""The report of a run: Markdown with PNG pictures, every number with its protocol."""
+"""The report of a run: Markdown with PNG pictures and one HTML file, every number with its protocol."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from etils import epath
 from ddo_jax import files
 from ddo_jax.config import method_of
 from ddo_jax.evaluate.records import Evaluation, Round
-from ddo_jax.report import plots
+from ddo_jax.report import page, plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -169,51 +169,74 @@ class Report:
     shares: tuple[str, ...] = ()
 
     def write(self, directory: epath.PathLike) -> epath.Path:
-        """report.md and its pictures; the path of report.md."""
+        """report.md with its pictures, and report.html, which holds them; the path of report.md."""
         directory = epath.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        pictures = _grid_pictures(self.grids, self.config.model.levels, method_of(self.config))
+        method, metric = method_of(self.config), self.scores["start"].evals[0].metric
+        pictures = {name: _png(figure) for name, figure in self.figures(method, metric).items()}
+        for name, data in pictures.items():
+            files.write_bytes(directory / f"{name}.png", data)
+        title, summary = self.config.name or "DDO", summary_lines(self.scores, self.rounds, method)
+        sections = _sections(self, list(pictures), method)
+        grids = {shown(system, method): images for system, images in self.grids.items()}
+        whole = page.Shown(pictures, grids, self.config.model.levels, self.curves, metric)
+        files.write_bytes(directory / "report.html", page.page(title, summary, sections, whole).encode())
+        files.write_bytes(directory / "report.md", _markdown(title, summary, sections).encode())
+        return directory / "report.md"
+
+    def figures(self, method: str, metric: str) -> dict[str, Figure]:
+        """The pictures of what there is."""
+        drawn = {}
+        if self.grids:
+            titles = {shown(system, method): images for system, images in self.grids.items()}
+            drawn["samples"] = plots.grids(titles, self.config.model.levels)
         if self.curves:
-            pictures["curves"] = plots.curves(self.curves, self.scores["start"].evals[0].metric)
+            drawn["curves"] = plots.curves(self.curves, metric)
         if len({(p.alpha, p.beta) for p in self.visited}) > 1:
-            pictures["plane"] = plots.plane(list(self.visited), self.scores["start"].evals[0].metric)
+            drawn["plane"] = plots.plane(list(self.visited), metric)
         if self.ratios:
-            pictures["ratios"] = plots.histograms(self.ratios)
-        for name, figure in pictures.items():
-            files.write_bytes(directory / f"{name}.png", _png(figure))
-        path = directory / "report.md"
-        files.write_bytes(path, self.text(list(pictures)).encode())
-        return path
-
-    def text(self, pictures: list[str]) -> str:
-        """report.md; pictures: the names of those that lie beside it."""
-        return _text(self, pictures)
+            drawn["ratios"] = plots.histograms(self.ratios)
+        return drawn
 
 
-def _search_table(rows: tuple[list, ...]) -> list[str]:
+class Section(NamedTuple):
+    """body: Markdown. picture: name of the one above it, or "". folded: of those who ask, not at first sight."""
+
+    title: str
+    body: str
+    picture: str = ""
+    folded: bool = False
+
+
+def _joined(*parts: str) -> str:
+    """Paragraphs of Markdown."""
+    return "\n\n".join(part for part in parts if part)
+
+
+def _search_table(rows: tuple[list, ...]) -> list[Section]:
     header = ["round", "candidate", "compared at step", "score", "behind the best", "± 95 %", "then"]
-    return ["## Search", SEARCH, table(header, list(rows))] if rows else []
+    return [Section("Search", _joined(SEARCH, table(header, list(rows))))] if rows else []
 
 
-def _line_table(points: tuple[Point, ...]) -> list[str]:
+def _line_table(points: tuple[Point, ...]) -> list[Section]:
     """Points of the line searches, a row each."""
     if not points:
         return []
     rows = [[p.round, p.through, f"{p.w:g}", f"{p.score:.3f}"] for p in points]
-    return ["## Line search", LINE, table(["round", "through", "w", points[0].metric], rows)]
+    return [Section("Line search", _joined(LINE, table(["round", "through", "w", points[0].metric], rows)))]
 
 
-def _signal_table(rows: tuple[list, ...]) -> list[str]:
+def _signal_table(rows: tuple[list, ...]) -> list[Section]:
     header = ["round", "real: norm", "if there were only noise", "fakes: norm", "if there were only noise"]
-    return ["## First gradients", SIGNAL, table(header, list(rows))] if rows else []
+    return [Section("First gradients", _joined(SIGNAL, table(header, list(rows))))] if rows else []
 
 
-def _cost_table(report: Report) -> list[str]:
+def _cost_table(report: Report) -> list[Section]:
     if not report.cost:
         return []
     header = ["", "images trained on", "fakes sampled", "images sampled to be scored"]
     said = "\n".join(f"* {line}" for line in report.shares)
-    return ["## Cost", table(header, list(report.cost)), *([said] if said else [])]
+    return [Section("Cost", _joined(table(header, list(report.cost)), said))]
 
 
 SEARCH = (
@@ -228,11 +251,6 @@ SIGNAL = (
     "Norm of the mean gradient of log p of the reference at the start of a round, on real images and on its own "
     "samples. Where it is no larger than noise alone would make it, DDO's first step is chance's."
 )
-
-
-def _grid_pictures(grids: dict[str, np.ndarray], levels: int, method: str) -> dict[str, Figure]:
-    titles = {shown(k, method): images for k, images in grids.items()}
-    return {"samples": plots.grids(titles, levels)} if titles else {}
 
 
 def _png(figure: Figure) -> bytes:
@@ -267,23 +285,20 @@ def _about_numbers(config, scores: dict[str, Scores]) -> str:
     )
 
 
-def _text(report: Report, pictures: list[str]) -> str:
+def _sections(report: Report, pictures: list[str], method: str) -> list[Section]:
     config, scores, rounds = report.config, report.scores, report.rounds
-    method = method_of(config)
-    parts = [
-        f"# {config.name or 'DDO'}",
-        summary_lines(scores, rounds, method),
-        "## Numbers",
-        score_table(scores, method),
-        _about_numbers(config, scores),
-        *report.notes,
-    ]
-    if config.remark:
-        parts.append(config.remark)
-    for name in ("samples", "curves", "plane", "ratios"):
-        if name in pictures:
-            parts.append(f"## {name.capitalize()}\n\n![{name}]({name}.png)\n\n{CAPTIONS[name]}")
-    parts += _search_table(report.searched)
-    parts += _line_table(report.lines) + _signal_table(report.signal) + _cost_table(report)
-    parts += ["## Protocol", protocol_table(scores, rounds, method), "All numbers:", shared_protocol(scores)]
-    return "\n\n".join(parts) + "\n"
+    numbers = _joined(score_table(scores, method), _about_numbers(config, scores), *report.notes, config.remark or "")
+    found = [Section("Numbers", numbers)]
+    found += [Section(name.capitalize(), CAPTIONS[name], name) for name in CAPTIONS if name in pictures]
+    found += _search_table(report.searched)
+    found += _line_table(report.lines) + _signal_table(report.signal) + _cost_table(report)
+    protocol = _joined(protocol_table(scores, rounds, method), "All numbers:", shared_protocol(scores))
+    return [*found, Section("Protocol", protocol, folded=True)]
+
+
+def _markdown(title: str, summary: str, sections: list[Section]) -> str:
+    parts = [f"# {title}", summary]
+    for section in sections:
+        picture = f"![{section.picture}]({section.picture}.png)" if section.picture else ""
+        parts += [f"## {section.title}", *([picture] if picture else []), section.body]
+    return _joined(*parts) + "\n"

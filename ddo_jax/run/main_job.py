@@ -1,6 +1,7 @@
 """The main job: start, rounds, control, report. `run` is what the command line calls."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -14,7 +15,7 @@ from ddo_jax.data import sources
 from ddo_jax.evaluate.neighbours import distance_among, nearest_distance, some_images
 from ddo_jax.evaluate.records import Evaluation, Round
 from ddo_jax.generate.seeds import seed_range
-from ddo_jax.report import plots, report
+from ddo_jax.report import card, plots, report
 from ddo_jax.run import costs, jobs, profile, publish, record, rounds
 from ddo_jax.run.candidates import divide
 from ddo_jax.run.checks import FEW
@@ -51,8 +52,8 @@ def run(config, workdir: epath.PathLike, profile_steps: str | None = None) -> ep
     scores |= other_scores(setup, systems)
     scores |= yardstick(setup)
     publish.publish_views(setup)
-    publish.publish_best(setup, ref)
     path = make_report(setup, systems, scores, played)
+    publish.publish_best(setup, ref, functools.partial(card.card, config, scores, played))
     if traced.waits:
         console.line(f"--profile_steps: {profile_steps}: no phase came to the first of them; nothing was traced")
     console.line(f"report: {path}")

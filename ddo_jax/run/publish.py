@@ -1,18 +1,21 @@
 """What a run publishes beside its report: views of its records, and best/."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 from etils import epath
 
 from ddo_jax import files, sharding
 from ddo_jax.convert import safetensors
+from ddo_jax.report.card import Model
 from ddo_jax.run import jobs, record
 from ddo_jax.run.candidates import divide
 from ddo_jax.run.prepare import Setup
 from ddo_jax.run.scoring import evaluation, evaluations
 from ddo_jax.store import classes
 from ddo_jax.store.checkpoint import keep_ema, read_meta, weights_digest
+from ddo_jax.store.origin import Origin, of_init
 
 
 def finished(workdir: epath.Path) -> dict[str, dict]:
@@ -38,8 +41,15 @@ def publish_views(setup: Setup) -> None:
     record.write_jsonl(setup.workdir / "evals.jsonl", [e.record() for e in evals])
 
 
-def publish_best(setup: Setup, best: sharding.Parked) -> None:
-    """best/: the run's result as a checkpoint that `init` and `load` take, and as safetensors for others."""
+CARD, PICTURE = "README.md", "samples.png"
+
+
+def publish_best(setup: Setup, best: sharding.Parked, card: Callable[[Model, Origin, bool], str]) -> None:
+    """best/: the run's result as a checkpoint that `init` and `load` take, and as safetensors for others, with a card.
+
+    Args:
+      card: (model, origin, whether the report has a picture) -> the card's text.
+    """
     directory = setup.workdir / "best"
 
     def run():
@@ -49,16 +59,27 @@ def publish_best(setup: Setup, best: sharding.Parked) -> None:
         written = []
         if jax.process_index() == 0:
             arrays, about = setup.family.export(*host)
-            about = about | classes.metadata(setup.data)
+            origin = of_init(setup.config.init)
+            about = about | classes.metadata(setup.data) | origin.metadata()
             files.write_bytes(directory / "params.safetensors", safetensors.dumps(arrays, about))
             files.write_sealed(directory / "config.json", setup.config.to_dict())
-            written = [directory / "params.safetensors", directory / "config.json"]
+            written = [directory / "params.safetensors", directory / "config.json", directory / CARD]
+            if (picture := setup.workdir / "report" / PICTURE).exists():
+                files.write_bytes(directory / PICTURE, picture.read_bytes())
+                written.append(directory / PICTURE)
+            files.write_bytes(directory / CARD, card(_model(setup, params), origin, len(written) > 3).encode())
             if (table := files.kept(setup.workdir / classes.TABLE)) is not None:
                 files.write_bytes(directory / classes.TABLE, table)  # best/ alone can be taken elsewhere
                 written.append(directory / classes.TABLE)
         return {"weights": weights_digest(params), "files": {p.name: files.digest(p) for p in written}}
 
     divide(setup, [jobs.Task(directory, run, functools.partial(_best_problem, directory))])
+
+
+def _model(setup: Setup, params) -> Model:
+    spec, data = setup.family.spec, setup.data
+    count = sum(x.size for x in jax.tree.leaves(params))
+    return Model(spec.name, spec.num_classes, spec.image_shape, count, data.name, tuple(data.class_names or ()))
 
 
 def _checkpoint_problem(directory: epath.Path) -> str:
