@@ -73,7 +73,7 @@ def _data(shown: Shown) -> str:
     """What the page's script draws, as JSON that may stand in a script element."""
     series = [
         {
-            "label": c.label,
+            "label": f"{c.label}, stopped" if c.stopped else c.label,
             "colour": colour_of(c),
             "dash": c.kind == "control",
             "x": [n / 1e6 for n in c.images],

@@ -9,12 +9,13 @@ import sys
 import pytest
 
 from ddo_jax import convert, files
+from ddo_jax.convert.read import same_bytes
 from ddo_jax.errors import UserError
 from ddo_jax.push import collect, push_to_hub
 from ddo_jax.report import card
 from ddo_jax.run import main_job
 from ddo_jax.store import origin
-from tests import hub
+from tests import browser, hub
 from tests.harness import micro_config
 
 pytest.importorskip("huggingface_hub")
@@ -122,7 +123,7 @@ def test_to_the_hub_and_back(runs, tmp_path):
         env["HF_TOKEN"] = "hf_of_nobody"
         refused = command("push", first, "me/digits")
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "the hub refused" in refused.stderr
-    assert convert.same_bytes(
+    assert same_bytes(
         convert.read(tmp_path / "back.safetensors").state_dict,
         convert.read(first / "best/params.safetensors").state_dict,
     )
@@ -152,3 +153,45 @@ def test_what_is_not_pushed(runs, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'ddo_jax\[hub\]'"):
         push_to_hub(first, "me/digits")
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(runs):
+    """Breaks if the slider, the choice of pictures, the hover values or the folded protocol do not work from disk."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import Select
+
+    with browser.opened() as driver:
+        driver.get((runs[0] / "report/report.html").as_uri())
+        assert not browser.broken_images(driver)
+
+        def one(selector):
+            return driver.find_element(By.CSS_SELECTOR, selector)
+
+        left, right = driver.find_elements(By.CSS_SELECTOR, ".stage img")
+        assert left.size == right.size and left.size["width"] > 300
+        assert "50%" in right.value_of_css_property("clip-path")
+        one(".compare input").send_keys(Keys.END)
+        assert (
+            "100%" in right.value_of_css_property("clip-path") and one(".line").get_attribute("style") == "left: 100%;"
+        )
+        before = right.get_attribute("src")
+        Select(driver.find_elements(By.CSS_SELECTOR, ".compare select")[1]).select_by_visible_text(
+            "control (continued MLE)"
+        )
+        assert right.get_attribute("src") not in (before, left.get_attribute("src"))
+        assert right.get_attribute("alt") == "control (continued MLE)"
+
+        values = [cell.text for cell in driver.find_elements(By.CSS_SELECTOR, ".u-legend .u-value")]
+        assert len(values) == 4 and set(values) == {"–"}  # images, two candidates, the control
+        driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", one(".u-over"))
+        ActionChains(driver).move_to_element(one(".u-over")).perform()
+        values = [float(cell.text) for cell in driver.find_elements(By.CSS_SELECTOR, ".u-legend .u-value")]
+        assert len(values) == 4 and min(values[1:]) > 1
+
+        table = one("details table")
+        assert not table.is_displayed()
+        one("summary").click()
+        assert table.is_displayed() and not browser.complaints(driver)
