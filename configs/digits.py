@@ -6,7 +6,7 @@ Hardware: 2 CPU cores, no accelerator. Expected: FD x 100 to the training images
 about 6 by DDO (6.6, 5.6, 5.6 on training seeds 0, 1, 2; checkpoints chosen on one range of sampling seeds,
 reported on three others).
 
-Variants: `:auto` every round finds its beta (docs/search.md); `:neon` Neon in place of DDO (docs/methods.md);
+Variants: `:auto` every round finds its beta (docs/beta.md); `:neon` Neon in place of DDO (docs/methods.md);
 `:runlocal` the same code path in under a minute; `:unet` a small DDPM++ instead of the MLP (convolutions are slow on
 XLA's CPU backend; its full length was not timed).
 

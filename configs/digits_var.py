@@ -12,7 +12,7 @@ examples/vqvae.py. Everything else is as on ImageNet: fakes online by the refere
 decoded to pixels and encoded again; the reference's likelihoods kept; dropped labels, so that guidance stays usable.
 
 Variants: `:runlocal` the same code path in little; `:pool` fakes sampled once a round instead; `:published` the rounds
-as the authors' program has them; `:auto` every round finds its beta (docs/search.md); `:neon` Neon in place of DDO
+as the authors' program has them; `:auto` every round finds its beta (docs/beta.md); `:neon` Neon in place of DDO
 (docs/methods.md). Baselines from the same start: --config.method=cca, --config.method=mle.
 
 The recipe was searched on this data: "ours" below. "VAR" marks Tian et al. 2024.

@@ -14,7 +14,7 @@ accelerator). Guided, with DPM-Solver-v3 (25 NFE a network):
     python -m ddo_jax.evaluate --checkpoint=edm2-img512-l-ddo --guide=edm2-img512-xs-0134217-0.165 --guidance=1.1 \\
         --solver=dpmv3 --ref=edm2-img512-ref
 
-Variants: `:search`, `:auto` (docs/search.md), `:from_scratch` EDM2's own pretraining first, `:released` scores the
+Variants: `:search`, `:auto` (docs/beta.md), `:from_scratch` EDM2's own pretraining first, `:released` scores the
 authors' fine-tuned weights (1.26 is to be reproduced), `:runlocal` the same code path in a minute on a CPU: latents of
 digits from a tiny VAE (configs/digits_vae.safetensors, made by examples/digits_vae.py).
 """

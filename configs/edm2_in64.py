@@ -12,7 +12,7 @@ EDM2-S weights, the Inception weights and EDM2's reference statistics (docs/weig
 --config.mesh.fsdp=8 (22 GB each); v5e:4x4 --config.mesh.fsdp=16 --config.ddo.accumulation=4 (4 GB a chip).
 NOT RUN here (no weights, no accelerator).
 
-Variants: `:search` the grid over alpha and beta in every round, `:auto` beta found by every round (docs/search.md),
+Variants: `:search` the grid over alpha and beta in every round, `:auto` beta found by every round (docs/beta.md),
 `:from_scratch` EDM2's own pretraining first,
 `:released` scores the authors' fine-tuned weights (the one-command reproduction of 0.97), `:runlocal` the same code
 path on the digits in about a minute on a CPU.

@@ -5,7 +5,7 @@
 Needs CIFAR-10 as a TFDS set or EDM's zip (--config.data.name=zip:PATH), the released weights and the Inception
 weights (docs/weights.md). The authors report about 3 hours a round. NOT RUN here.
 
-Variants: `:search` the grid over alpha and beta, `:auto` beta found by every round (docs/search.md), `:neon` the method
+Variants: `:search` the grid over alpha and beta, `:auto` beta found by every round (docs/beta.md), `:neon` the method
 of arXiv 2510.03597 instead, `:from_scratch` EDM's own pretraining first, `:released` scores the authors' fine-tuned
 weights (the one-command reproduction of 1.38), `:runlocal` under a minute on a CPU.
 """

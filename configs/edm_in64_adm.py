@@ -5,7 +5,7 @@
 The DDO paper has no row for this network: rounds, learning rate and noise levels are taken over from its EDM2-S
 ImageNet-64 column (constant rate, one P_std) and untested. NOT RUN here (no weights, no accelerator).
 
-Variants: `:search`, `:auto` (docs/search.md), `:from_scratch` EDM's own pretraining first, `:released` scores the base
+Variants: `:search`, `:auto` (docs/beta.md), `:from_scratch` EDM's own pretraining first, `:released` scores the base
 weights (1.36 is to be reproduced), `:runlocal` under a minute on a CPU.
 """
 

@@ -11,7 +11,7 @@ control; in the features of EfficientNet, which selected nothing, from 1264 to 6
 The network mixes patches (0.19M parameters): after 800 steps its MLE loss is half of that of a flat MLP of 5.5M after
 2400. Its samples are torn and speckled, and DDO mends just that.
 
-Variants: `:auto` every round finds its beta (docs/search.md); `:clear` one round at a small beta, the clearest
+Variants: `:auto` every round finds its beta (docs/beta.md); `:clear` one round at a small beta, the clearest
 pictures; `:gpu` a DDPM++ of the CIFAR kind; `:neon` Neon in place of DDO (docs/methods.md); `:runlocal` the same code
 path in little.
 

@@ -16,7 +16,7 @@ compiled for H100s, with remat: 8 cards with --config.mesh.fsdp=8 10.0 GB each (
 (d16) with --config.ddo.accumulation=16, 48.0 GB (d30) with 32. NOT RUN here (no weights, no ImageNet, no accelerator).
 
 Variants, after the size (d16, d20, d24, d30) if it is given, as in `:d30:released`: `:paper` (see above); `:search` a
-grid over alpha; `:auto` beta found by every round (docs/search.md); `:from_scratch` VAR's own pretraining first;
+grid over alpha; `:auto` beta found by every round (docs/beta.md); `:from_scratch` VAR's own pretraining first;
 `:neon` the method of arXiv 2510.03597 instead;
 `:released` scores the authors' fine-tuned weights at guidance 0, 1.0, 1.4 and 1.5, with and without sampling tricks;
 `:runlocal` the same code path in a minute on a CPU, on the digits. Baselines from the same start: --config.method=mle,

@@ -72,7 +72,7 @@ def _rounds() -> dict:
     return _training(
         rounds=1,
         length=_duration(),  # of one round
-        # grid: every alpha x beta | fixed: the only one of each | auto: beta is found in every round (docs/search.md),
+        # grid: every alpha x beta | fixed: the only one of each | auto: beta is found in every round (docs/beta.md),
         # for the first alpha
         search="grid",
         alpha=(4.0,),  # method cca: its lambda

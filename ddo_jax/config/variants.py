@@ -18,7 +18,7 @@ def search(config) -> None:
 
 
 def auto(config) -> None:
-    """Every round finds its beta, for the config's alpha: at a tenth of a grid's cost (docs/search.md)."""
+    """Every round finds its beta, for the config's alpha: at a tenth of a grid's cost (docs/beta.md)."""
     config.ddo.search = "auto"
 
 

@@ -259,10 +259,10 @@ def summarize(stats: Stats) -> dict[str, Any]:
 
     Returns:
       dict of scalars: r_real_mean, r_real_std, r_fake_mean, r_fake_std, margin (all nats), accuracy in
-      [0, 1], saturation = mean beta |r|, loss_real, loss_fake (its alpha included).
+      [0, 1], saturation = mean beta abs(r), loss_real, loss_fake (its alpha included).
 
     Numerics:
-      The std is of the population, from sums: in float32 it is good while |mean| < 100 std. Jit-able.
+      The std is of the population, from sums: in float32 it is good while abs(mean) < 100 std. Jit-able.
 
     Example:
       >>> import jax.numpy as jnp

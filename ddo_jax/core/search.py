@@ -1,7 +1,7 @@
 """The choice of beta in a round: where to look, and whom to stop. Pure functions; `run.search` does what they say.
 
 What a good (alpha, beta) has in common on every plane measured here is the spread of the log-ratio that it lets grow
-(docs/search.md): along the ridge beta ~ alpha of any one problem std(r) stays the same, and
+(docs/beta.md): along the ridge beta ~ alpha of any one problem std(r) stays the same, and
 
     beta std(r) / alpha  is  0.16 to 0.3      on five problems, diffusion and tokens, std(r) from 3 to 21 nats
 

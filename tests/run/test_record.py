@@ -1,7 +1,9 @@
 """Records, the console, durations."""
 
+import gc
 import io
 import json
+import warnings
 
 import pytest
 
@@ -123,3 +125,6 @@ def test_tensorboard_on_a_full_disk(tmp_path, capsys, monkeypatch):
     record.TensorBoard(tmp_path / "b").close()
     err = capsys.readouterr().err
     assert err.count("note: no TensorBoard files") == 2 and err.count("\n") == 2
+    del board
+    with warnings.catch_warnings(action="ignore"):  # the library leaves its files open; here, not in another test
+        gc.collect()
