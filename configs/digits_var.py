@@ -8,7 +8,7 @@ checkpoints chosen on one range of sampling seeds, reported on three others, whe
 1. Mostly the first round; the recipe was chosen on seed 0.
 
 The tokenizer is configs/digits_vqvae.safetensors (1x1, 2x2 and 4x4 tokens of a codebook of 128), made by
-examples/vqvae.py. Everything else is as on ImageNet: fakes online by the reference, unguided and unfiltered,
+configs/make/vqvae.py. Everything else is as on ImageNet: fakes online by the reference, unguided and unfiltered,
 decoded to pixels and encoded again; the reference's likelihoods kept; dropped labels, so that guidance stays usable.
 
 Variants: `:runlocal` the same code path in little; `:pool` fakes sampled once a round instead; `:published` the rounds

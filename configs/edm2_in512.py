@@ -16,7 +16,7 @@ accelerator). Guided, with DPM-Solver-v3 (25 NFE a network):
 
 Variants: `:search`, `:auto` (docs/beta.md), `:from_scratch` EDM2's own pretraining first, `:released` scores the
 authors' fine-tuned weights (1.26 is to be reproduced), `:runlocal` the same code path in a minute on a CPU: latents of
-digits from a tiny VAE (configs/digits_vae.safetensors, made by examples/digits_vae.py).
+digits from a tiny VAE (configs/digits_vae.safetensors, made by configs/make/digits_vae.py).
 """
 
 from pathlib import Path

@@ -10,7 +10,7 @@ Hardware: one CPU core, 49 minutes beside other jobs. Expected (means of trainin
 precision (0.83 to 0.74). docs/measured.md.
 
 The tokenizer is configs/fashion_vqvae.safetensors (maps of 1x1, 2x2, 4x4 and 7x7 tokens from a codebook of 256), made
-by examples/vqvae.py. Fakes pass through it as real images do: decoded to pixels and encoded again.
+by configs/make/vqvae.py. Fakes pass through it as real images do: decoded to pixels and encoded again.
 
 Variants: `:auto` every round finds its beta (docs/beta.md); `:gpu` a larger transformer; `:runlocal` the same code
 path in little.

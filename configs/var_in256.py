@@ -169,7 +169,7 @@ def runlocal(config) -> None:
     config.model.update(depth=1, embed_dim=32, num_heads=2, drop_path_rate=0.0)
     config.model.vae = str(Path(__file__).resolve().with_name("digits_vqvae.safetensors"))
     with config.unlocked():
-        config.model.update(patch_nums=(1, 2, 4), vocab_size=128, z_channels=8)  # of examples/vqvae.py
+        config.model.update(patch_nums=(1, 2, 4), vocab_size=128, z_channels=8)  # of configs/make/vqvae.py
     pretrain, ddo = config.pretrain, config.ddo
     for phase in (pretrain, ddo):
         for name in ("length", "warmup", "eval_every", "save_every"):

@@ -57,7 +57,7 @@ def test_shipped_file(digits):
 
 @pytest.mark.slow  # compilation of the gradient and of the draw of the weights
 def test_example_trains_and_writes(digits, tmp_path, capsys):
-    example = runpy.run_path(str(ROOT / "examples" / "digits_vae.py"), run_name="example")
+    example = runpy.run_path(str(ROOT / "configs/make/digits_vae.py"), run_name="example")
     out = tmp_path / "vae.safetensors"
     with jax.numpy_dtype_promotion("standard"):  # optax.adam itself fails "strict"
         error = example["main"](str(out), steps=150)

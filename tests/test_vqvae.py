@@ -56,7 +56,7 @@ def test_shipped_file(digits):
 def test_the_file_of_fashion():
     """Breaks if the file is not of the network that the example trains; how well it does, its data decide."""
     encode, decode, module = load(FASHION)
-    example = runpy.run_path(str(ROOT / "examples" / "vqvae.py"), run_name="example")
+    example = runpy.run_path(str(ROOT / "configs/make/vqvae.py"), run_name="example")
     assert convert.read(FASHION).config == example["NETWORKS"]["fashion"]
     assert FASHION.stat().st_size < 1_000_000 and (module.image_size, module.length) == (28, 70)
     tokens = np.random.default_rng(0).integers(0, module.vocab_size, (4, 70)).astype(np.int32)
@@ -66,7 +66,7 @@ def test_the_file_of_fashion():
 
 @pytest.mark.slow  # compilation of the gradient and of the draw of the weights
 def test_example_trains_and_writes(digits, tmp_path, capsys):
-    example = runpy.run_path(str(ROOT / "examples" / "vqvae.py"), run_name="example")
+    example = runpy.run_path(str(ROOT / "configs/make/vqvae.py"), run_name="example")
     out = tmp_path / "vqvae.safetensors"
     with jax.numpy_dtype_promotion("standard"):  # optax.adam itself fails "strict"
         error = example["main"]("digits", out=str(out), steps=150)

@@ -121,7 +121,7 @@ def finished(tmp_path_factory, neighbours):
     """README's first run, as it stands: its workdir."""
     folder = tmp_path_factory.mktemp("readme")
     done = execute(next(c for c in RUN if c.page.name == "README.md"), folder, neighbours)
-    assert "control (continued MLE): fd_x100" in done.stdout
+    assert "control (continued MLE): fd_x100" in done.stderr
     return folder / "runs" / "digits"
 
 

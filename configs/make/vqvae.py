@@ -1,7 +1,7 @@
 """Small multi-scale VQ-VAEs, so that VAR can be tried on a laptop: of the 8x8 digits and of Fashion-MNIST.
 
-    python examples/vqvae.py digits                               # writes digits_vqvae.safetensors
-    python examples/vqvae.py fashion [idx:DIR]                    # writes fashion_vqvae.safetensors
+    python configs/make/vqvae.py digits                               # writes digits_vqvae.safetensors
+    python configs/make/vqvae.py fashion [idx:DIR]                    # writes fashion_vqvae.safetensors
 
 VAR's tokenizer in little. Digits: 51,793 parameters, 8x8 grey pixels become maps of 1x1, 2x2 and 4x4 tokens from a
 codebook of 128; 95 s on one CPU core. Fashion: 209,977 parameters, 28x28 pixels become maps of 1x1, 2x2, 4x4 and 7x7
@@ -193,6 +193,6 @@ def main(name, data=None, out=None, **changes):
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in RECIPES:
-        sys.exit(f"usage: python examples/vqvae.py {'|'.join(RECIPES)} [DATA [OUT]]")
+        sys.exit(f"usage: python configs/make/vqvae.py {'|'.join(RECIPES)} [DATA [OUT]]")
     with jax.default_matmul_precision("highest"):  # true float32, also on GPUs and TPUs
         main(*sys.argv[1:])

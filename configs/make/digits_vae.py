@@ -1,6 +1,6 @@
 """A small real VAE for the 8x8 digits, so that the latent path of EDM2 can be tried on a laptop.
 
-    python examples/digits_vae.py [digits_vae.safetensors]
+    python configs/make/digits_vae.py [digits_vae.safetensors]
 
 About a minute on 2 CPU cores. The network is SD-VAE's (AutoencoderKL of diffusers) at 43,421 parameters: 8x8 grey
 pixels in [0, 1] become 4x4x4 latents. It writes a file with diffusers' parameter names; its metadata hold what
