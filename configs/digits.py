@@ -86,7 +86,8 @@ def runlocal(config):
     config.ddo.rounds = 2
     config.ddo.length.steps = 20
     config.ddo.warmup.steps = 5
-    config.ddo.beta = (0.1, 0.2)
+    if config.method == "ddo":  # Neon has no beta
+        config.ddo.beta = (0.1, 0.2)
     config.ddo.pool = 512
     config.ddo.eval_every.steps = 10
     config.control.lrs = (1e-4, 3e-4)

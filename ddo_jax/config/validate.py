@@ -279,7 +279,7 @@ def validate(config, devices: int) -> None:
       UserError: one line with the key, the value, what is allowed.
     """
     _check_keys_and_types(config)
-    if config.objective is not None:
+    if config.objective is not None and method_of(config):  # which refuses two that contradict each other
         deprecated("config.objective", "config.method", gone="0.2")
     precisions = ("default", "high", "highest")  # the DotAlgorithmPreset names are dropped for convolutions
     require(config.precision in precisions, "precision", config.precision, ", ".join(precisions))

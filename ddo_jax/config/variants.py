@@ -4,11 +4,11 @@ MI = 2**20 / 1e6  # EDM2 counts images in units of 2^20
 
 
 def apply(config, variant: str, known: dict) -> None:
-    """Apply `known[variant]` to the config; "" is the experiment itself."""
-    if variant:
-        if variant not in known:
-            raise ValueError(f"variant {variant!r}; allowed: {', '.join(known)}")
-        known[variant](config)
+    """Apply `known[variant]` to the config; "a:b" applies both, in this order, "" is the experiment itself."""
+    for name in variant.split(":") if variant else ():
+        if name not in known:
+            raise ValueError(f"variant {name!r}; allowed: {', '.join(known)}, or several, as in a:b")
+        known[name](config)
 
 
 def search(config) -> None:
