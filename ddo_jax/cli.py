@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import os
 import re
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -52,6 +53,11 @@ def one_line_errors() -> Iterator[None]:
         yield
     except UserError as e:
         fail(str(e))
+
+
+def main_job() -> None:
+    """The console script `ddo-jax`: `python -m ddo_jax.main`, whose --help absl knows only under that name."""
+    runpy.run_module("ddo_jax.main", run_name="__main__", alter_sys=True)
 
 
 def main(parser: Parser, run: Callable, argv: list[str] | None = None) -> None:

@@ -126,10 +126,5 @@ def main(argv):
         sys.exit(preemption.INTERRUPTED)
 
 
-def command() -> None:
-    """The console script."""
-    app.run(main, flags_parser=parse)
-
-
 if __name__ == "__main__":
-    command()
+    app.run(main, flags_parser=parse)

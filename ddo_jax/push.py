@@ -2,23 +2,27 @@
 
 RUN is a workdir. What goes there: params.safetensors, config.json, README.md (the card) and samples.png of its best/,
 classes.json where there are classes, and report.html. `hf auth login` or $HF_TOKEN say who you are, $HF_ENDPOINT which
-hub. Needs `pip install 'ddo_jax[hub]'`. Afterwards hf://owner/name/params.safetensors is a WHAT.
+hub. Needs `pip install 'ddo_jax[hub]'`. Afterwards hf://owner/name/params.safetensors is a WHAT. config.json and the
+report name data and weights by their paths on this machine: look at them before they are public (--private).
 """
 
 import argparse
 import contextlib
 import importlib.util
+import os
 import re
+import tempfile
 
 from etils import epath
 
-from ddo_jax import cli, files
+from ddo_jax import cli, files, stores
 from ddo_jax.errors import UserError, one_line
 from ddo_jax.files import Damaged
+from ddo_jax.report import card
 
-NEEDED = ("params.safetensors", "config.json", "README.md")
+NEEDED = ("params.safetensors", "config.json", "README.md", "result.json")  # the last one says that it is whole
 REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
-UNKNOWN = "license: unknown"
+UNKNOWN, LICENCE = re.compile("^license: unknown$", re.MULTILINE), re.compile("[a-z0-9.+-]{2,60}")
 
 
 def push_to_hub(
@@ -39,7 +43,11 @@ def push_to_hub(
     """
     if not REPO.fullmatch(repo):
         raise UserError(f"{repo!r}: no name of a repository; written owner/name")
-    contents = collect(epath.Path(run).expanduser(), licence)
+    if licence is not None and not LICENCE.fullmatch(licence):
+        raise UserError(f"--licence={licence!r}: no SPDX identifier; allowed: such as apache-2.0, mit, cc-by-4.0")
+    run = epath.Path(run).expanduser()
+    stores.reach(run)
+    contents = collect(run, licence)
     if importlib.util.find_spec("huggingface_hub") is None:
         raise UserError("push needs huggingface_hub: pip install 'ddo_jax[hub]'")
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -47,16 +55,23 @@ def push_to_hub(
     api = HfApi(token=token, library_name="ddo_jax")
     try:
         with contextlib.ExitStack() as stack:
-            opened = {
-                name: source if isinstance(source, bytes) else stack.enter_context(source.open("rb"))
-                for name, source in contents.items()
-            }
+            operations = [CommitOperationAdd(name, _local(source, stack)) for name, source in contents.items()]
             api.create_repo(repo, private=private, exist_ok=True)
-            operations = [CommitOperationAdd(name, source) for name, source in opened.items()]
             done = api.create_commit(repo, operations, commit_message="Weights, card and report of a run of ddo_jax")
     except Exception as e:  # of the hub's library and of its HTTP client of the day
         raise UserError(f"{repo}: the hub refused ({one_line(e)}); check the token, the name and the network") from None
     return str(done.commit_url)
+
+
+def _local(source: epath.Path | bytes, stack: contextlib.ExitStack) -> str | bytes:
+    """What the hub's library takes: bytes, or a local path; of an object store that of a copy, until the stack ends."""
+    if isinstance(source, bytes):
+        return source
+    if not stores.is_remote(source):
+        return os.fspath(source)
+    copy = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), source.name)
+    source.copy(copy)
+    return copy
 
 
 def collect(run: epath.Path, licence: str | None) -> dict[str, epath.Path | bytes]:
@@ -78,13 +93,18 @@ def collect(run: epath.Path, licence: str | None) -> dict[str, epath.Path | byte
         if files.digest(best / name) != digest:
             raise UserError(f"{best / name}: not as it was written; start the run once more: it makes best/ again")
     text = (best / "README.md").read_text()
-    if licence is not None and UNKNOWN not in text:
+    head, rule, rest = text.removeprefix("---").partition("\n---\n")
+    if licence is not None and not UNKNOWN.search(head):
         raise UserError(
             f"--licence={licence}: the card has the licence of the weights that these were made from; leave it out"
         )
-    found = {name: best / name for name in (*NEEDED, "samples.png", "classes.json") if (best / name).exists()}
+    found = {name: best / name for name in (*NEEDED[:-1], "samples.png", "classes.json") if (best / name).exists()}
     found |= {"report.html": run / "report" / "report.html"} if (run / "report" / "report.html").exists() else {}
-    return found | ({"README.md": text.replace(UNKNOWN, f"license: {licence}", 1).encode()} if licence else {})
+    if licence is not None:
+        head = UNKNOWN.sub(f"license: {licence}", head)
+        rest = rest.replace(card.licence_line("unknown"), f"`{licence}`, as their maker states.")
+        found["README.md"] = f"---{head}{rule}{rest}".encode()
+    return found
 
 
 def parser() -> cli.Parser:

@@ -18,7 +18,7 @@ import toys
 import ddo_jax
 
 SIGMA_DATA, P_MEAN, P_STD = 0.5, -1.2, 1.2
-# beta is about 1 / std(r) and r grows with the dimension: images take beta 0.01 to 0.1, with alpha 0.5 to 6.
+# beta is about 0.2 alpha / std(r) and r grows with the dimension: images take 0.01 to 0.1, with alpha 0.5 to 6.
 # At alpha = 1 r stays centred; more first pulls r down on data and fakes alike, which would hide the margin.
 ALPHA, BETA = 1.0, 1.0
 LINE = (

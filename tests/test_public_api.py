@@ -39,7 +39,8 @@ def deprecations():
     """(where, arguments) of every call of `deprecated` in the package."""
     for path in sorted(Path(ddo_jax.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "deprecated":
+            name = getattr(node, "func", None)
+            if isinstance(node, ast.Call) and "deprecated" in (getattr(name, "id", ""), getattr(name, "attr", "")):
                 named = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
                 yield f"{path.name}:{node.lineno}", [ast.literal_eval(a) for a in node.args], named
 

@@ -285,7 +285,6 @@ def validate(config, devices: int) -> None:
     require(config.precision in precisions, "precision", config.precision, ", ".join(precisions))
     dtypes = ("float32", "bfloat16", "float16")
     require(config.eval.dtype in dtypes, "eval.dtype", config.eval.dtype, ", ".join(dtypes))
-    require(config.sampler.solver in ("heun", "dpmv3"), "sampler.solver", config.sampler.solver, "heun, dpmv3")
     _check_family(config, dtypes)
     require(config.data.crop in CROPS, "data.crop", config.data.crop, ", ".join(map(repr, CROPS)))
     require(config.data.alpha in ALPHA, "data.alpha", config.data.alpha, ", ".join(ALPHA))

@@ -17,7 +17,7 @@ from ddo_jax.errors import one_line
 
 __all__ = ["KINDS", "Released", "from_torch", "layout", "read", "to_torch"]
 
-_KINDS = ("dinov2", "edm", "edm2", "efficientnet", "inception", "mlp", "sdvae", "var", "vqvae")
+_KINDS = ("dinov2", "edm", "edm2", "efficientnet", "inception", "mlp", "sdvae", "sit", "var", "vqvae")
 KINDS = {kind: f"ddo_jax.convert.{kind}" for kind in _KINDS}
 
 

@@ -16,7 +16,7 @@ import os
 import numpy as np
 
 from ddo_jax import cli, convert, files
-from ddo_jax.convert import names, safetensors, torch_write
+from ddo_jax.convert import names, origin, safetensors, torch_write
 from ddo_jax.convert.inert import UnsafeOrDamaged
 from ddo_jax.convert.read import CONFIG_KEY, ENCODER_KEY, KIND_KEY, Released, count, read, same_bytes
 from ddo_jax.errors import UserError
@@ -123,9 +123,11 @@ def shapes(released: Released) -> dict:
     return {name: array.shape for name, array in released.state_dict.items()}
 
 
-def metadata(released: Released) -> dict:
-    """What a .safetensors says besides its arrays: what SRC said, kind and config, the encoder of EDM2's pickles."""
+def metadata(released: Released, src: str) -> dict:
+    """What a .safetensors says besides its arrays: what SRC said, kind and config, the encoder of EDM2's pickles, and
+    that it is made from SRC."""
     kept = dict(released.extras.get("metadata", {}))
+    kept |= origin.made_from(src, origin.of_metadata(kept) or origin.SCRATCH).metadata()
     if "encoder" in released.extras:
         kept[ENCODER_KEY] = json.dumps(released.extras["encoder"])
     return kept | {"format": "pt", KIND_KEY: released.kind, CONFIG_KEY: json.dumps(released.config)}
@@ -140,7 +142,7 @@ def describe(released: Released, dst: str | None):
         print("a .pth holds the parameters alone: kind and config are not recorded, nor an encoder's constants")
 
 
-def save(dst: str, released: Released, state: dict):
+def save(src: str, dst: str, released: Released, state: dict):
     """Write DST, whole or not at all.
 
     Raises:
@@ -154,7 +156,7 @@ def save(dst: str, released: Released, state: dict):
             np.savez(buffer, config=json.dumps(released.config), kind=released.kind, **arrays)
             files.write_bytes(dst, buffer.getvalue())
         else:
-            files.write_bytes(dst, safetensors.dumps(state, metadata(released)))
+            files.write_bytes(dst, safetensors.dumps(state, metadata(released, src)))
     except OSError as e:
         raise UserError(f"{dst}: cannot be written ({e.strerror})") from None
 
@@ -172,7 +174,7 @@ def run(args) -> None:
     state = convert_checked(released)
     describe(released, args.dst)
     if not args.dry_run:
-        save(args.dst, released, state)
+        save(args.src, args.dst, released, state)
         same = shapes(released) == shapes(source)
         print(f"wrote {args.dst}, equal to the source {'byte for byte' if same else 'but for the names it had'}")
 

@@ -34,6 +34,7 @@ _ALWAYS = {
         *("encoder.conv_in.weight", "encoder.mid_block.resnets.0.conv1.weight", "decoder.conv_in.weight"),
         *("quant_conv.weight", "post_quant_conv.weight"),
     ),
+    "sit": ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "y_embedder.embedding_table.weight", "pos_embed"),
     "var": ("pos_start", "pos_1LC", "word_embed.weight", "class_emb.weight", "lvl_embed.weight", "head.weight"),
     "vqvae": (
         *("encoder.conv_in.weight", "encoder.mid.block_1.conv1.weight", "decoder.conv_in.weight"),

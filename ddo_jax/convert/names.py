@@ -12,6 +12,7 @@ import errno
 import functools
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -31,6 +32,8 @@ PROBE_SECONDS = 14
 # The addresses of NVIDIA's EDM and EDM2 files are from memory and not verified here (no network).
 _EDM = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
 _EDM2 = "https://nvlabs-fi-cdn.nvidia.com/edm2/"
+# From memory, with the file name of specs/sit.md section 2; not verified here.
+_SIT = "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/"
 _DDO = "hf://nvidia/DirectDiscriminativeOptimization/"  # specs/ddo.md section 5
 # The file names of VAR and its tokenizer are those of specs/var.md section 6.1, the repository is from memory and not
 # verified here. Of CCA's files we know no address: by path only.
@@ -85,6 +88,8 @@ SOURCES = {
     "var-vae": f"{_VAR}vae_ch160v4096z32.pth",
     "var-d16-ddo": f"{_DDO}var_d16-ddo.pth",
     "var-d30-ddo": f"{_DDO}var_d30-ddo.pth",
+    "sit-xl2-256": f"{_SIT}SiT-XL-2-256x256.pt",
+    "sd-vae-ft-ema": "hf://stabilityai/sd-vae-ft-ema/diffusion_pytorch_model.safetensors",  # specs/sit.md section 2
     "sd-vae-ft-mse": "hf://stabilityai/sd-vae-ft-mse/diffusion_pytorch_model.safetensors",  # specs/edm2.md section 13
     # Statistics of ImageNet's training set, Inception and DINOv2 (specs/edm2.md section 17)
     **{f"edm2-{data}-ref": f"{_EDM2}dataset-refs/{data}.pkl" for data in ("img64", "img512")},
@@ -99,7 +104,11 @@ SOURCES = {
 
 
 # SPDX identifiers of what lies at an address, as its owners state them (README, "Licence"); of others nothing is known.
-LICENCES = {_EDM: "cc-by-nc-sa-4.0", _EDM2: "cc-by-nc-sa-4.0", _DDO: "cc-by-nc-sa-4.0", _VAR: "mit"}
+LICENCES = {_SIT: "mit", _EDM: "cc-by-nc-sa-4.0", _EDM2: "cc-by-nc-sa-4.0", _DDO: "cc-by-nc-sa-4.0", _VAR: "mit"}
+
+NVIDIA = re.compile(
+    r"edm2?-(cifar10|ffhq|afhqv2|imagenet|img64|img512)-"
+)  # all their files, also those without a name here
 
 
 def licence(what: str) -> str:
@@ -109,7 +118,10 @@ def licence(what: str) -> str:
     ('cc-by-nc-sa-4.0', 'mit', 'unknown')
     """
     url = SOURCES.get(ALIASES.get(what, what), what)
-    named = [u for u in SOURCES.values() if u.rsplit("/", 1)[1] == url.rsplit("/", 1)[-1]]
+    file = url.rsplit("/", 1)[-1]
+    if NVIDIA.match(file):
+        return LICENCES[_EDM]
+    named = [u for u in SOURCES.values() if u.rsplit("/", 1)[1] == file]
     return next((spdx for u in [url, *named] for start, spdx in LICENCES.items() if u.startswith(start)), "unknown")
 
 

@@ -52,6 +52,8 @@ def reference(module: str, name: str) -> Global:
     if full in HANDLERS:
         return Global(full, inert=False)
     # Functions are refused even there, although nothing would run: a checkpoint has no business with them.
+    if full == "argparse.Namespace":  # the flags of a trainer, beside its weights
+        return Global(full, inert=True)
     if re.fullmatch(r"(torch|torch_utils|dnnlib)(\.\w+)*", module, re.A) and re.fullmatch(r"_?[A-Z]\w*", name, re.A):
         return Global(full, inert=True)
     raise UnsafeOrDamaged(f"global {show(full)} is not allowed in a checkpoint; nothing of the file was executed")

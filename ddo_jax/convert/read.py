@@ -33,7 +33,7 @@ class Released:
     """What a file holds.
 
     Attributes:
-      kind: "edm", "mlp", "edm2", "sdvae", "var", "vqvae", "inception", "dinov2",
+      kind: "edm", "mlp", "edm2", "sdvae", "sit", "var", "vqvae", "inception", "dinov2",
         "efficientnet", or None: none of these.
       config: the constructor arguments as recorded, with what they leave out but the shapes show.
       state_dict: {released name: NumPy array} in file order, with the dtypes of the file: EDM2's are float16, to be
@@ -106,12 +106,14 @@ def _released(state: dict, dtypes: dict, recorded: dict, extras: dict) -> Releas
         config = {"naming": next(naming for head, naming in infer.INCEPTION.items() if head in state)}
     elif kind == "dinov2":
         config = infer.infer_dinov2(state)
-    elif kind in ("sdvae", "var", "vqvae") and not recorded:
+    elif kind in ("sdvae", "sit", "var", "vqvae") and not recorded:
         # imports flax, which reading other kinds does not need
         converter = importlib.import_module(f"ddo_jax.convert.{kind}")
         config = converter.infer_config(state)
-        if kind == "vqvae":
-            extras["assumed"] = {key: config[key] for key in converter.UNSEEN}
+        if unseen := getattr(converter, "UNSEEN", ()):
+            extras["assumed"] = {key: config[key] for key in unseen}
+        if beside := getattr(converter, "BESIDE", ()):  # of training, not of the network
+            state = {name: v for name, v in state.items() if not name.startswith(beside)}
     elif kind == "edm":
         config = infer.edm_config(recorded, state)
     elif kind == "edm2":
@@ -282,7 +284,10 @@ def _ema_lengths(top) -> list:
 
 
 def find_state_dict(top) -> dict:
-    """The dict of tensors in a (nested) checkpoint: that with `pos_1LC` (specs/var.md section 6.1), or the largest."""
+    """The dict of tensors in a (nested) checkpoint: that with `pos_1LC` (specs/var.md section 6.1), or the largest; of
+    equals the average, "ema" (specs/sit.md section 2)."""
+    if type(top) is dict and "ema" in top:
+        top = {"ema": top["ema"], **top}
     found, todo, seen = [], collections.deque([top]), set()
     while todo:
         node = todo.popleft()

@@ -135,7 +135,7 @@ def ddo_terms(
       r_real: log-ratios of data, [B_real], nats.
       r_fake: log-ratios of samples of the reference, [B_fake], nats.
       alpha: weight of the fake term, >= 0. Python number or traced scalar.
-      beta: scale of r, > 0, about 1 / std(r). Python number or traced scalar.
+      beta: scale of r, > 0, about 0.2 alpha / std(r). Python number or traced scalar.
 
     Returns:
       (real [B_real], fake [B_fake]), both >= 0, float32 (float64 if r is).

@@ -8,8 +8,8 @@ from ddo_jax.families.base import Family, Guidance, Records, Side, Spec
 
 __all__ = ["FAMILIES", "KINDS", "Family", "Guidance", "Records", "Side", "Spec", "from_released", "get_family"]
 
-FAMILIES = {"edm": "ddo_jax.families.edm", "edm2": "ddo_jax.families.edm2", "var": "ddo_jax.families.var"}
-KINDS = {"edm": "edm", "mlp": "edm", "edm2": "edm2", "var": "var"}  # of files: {kind: family}
+FAMILIES = {name: f"ddo_jax.families.{name}" for name in ("edm", "edm2", "sit", "var")}
+KINDS = {"edm": "edm", "mlp": "edm", "edm2": "edm2", "sit": "sit", "var": "var"}  # of files: {kind: family}
 
 
 def _module(name: str) -> Any:

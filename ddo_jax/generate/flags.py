@@ -13,14 +13,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def add_flags(p: argparse.ArgumentParser) -> None:
     """Those of both commands."""
-    p.add_argument("--solver", choices=("heun", "dpmv3"), help="dpmv3: DPM-Solver-v3 (default: the checkpoint's own)")
+    p.add_argument(
+        "--solver",
+        help="heun, dpmv3 (DPM-Solver-v3); of a SiT also euler, flow_heun, sde (default: the checkpoint's own)",
+    )
     p.add_argument("--num_steps", type=int, help="sampler steps (default: the checkpoint's own; dpmv3: 25)")
     p.add_argument("--guide", metavar="WHAT", help="a second network: unconditional (CFG) or weaker (autoguidance)")
     p.add_argument(
         "--guidance",
         type=float,
         help="with --guide: D_guide + guidance (D - D_guide), 1 is none.\nVAR, which guides itself: t = guidance "
-        "s/(S-1) at scale s, 0 is none (default: none; of a VAR run its config's)",
+        "s/(S-1) at scale s, 0 is none; SiT, too: 1 is none (default: none; of their runs the config's)",
     )
     p.add_argument("--top_k", type=int, help="VAR: keep the k likeliest codes; 0: all (default: the checkpoint's own)")
     p.add_argument("--top_p", type=float, help="VAR: keep the likeliest codes of this total probability; 0: all")

@@ -40,7 +40,8 @@ def _asset(name: str) -> str:
 def _markdown():
     from markdown_it import MarkdownIt  # only here: a run does not start with it
 
-    return MarkdownIt("commonmark", {"html": False}).enable("table")
+    # Pictures come as data, never through Markdown: a name in it must not make the page ask for anything.
+    return MarkdownIt("commonmark", {"html": False}).enable("table").disable(["image", "link", "autolink"])
 
 
 def _image(data: bytes, alt: str) -> str:
@@ -74,6 +75,7 @@ def _data(shown: Shown) -> str:
     series = [
         {
             "label": f"{c.label}, stopped" if c.stopped else c.label,
+            "stopped": c.stopped,
             "colour": colour_of(c),
             "dash": c.kind == "control",
             "x": [n / 1e6 for n in c.images],

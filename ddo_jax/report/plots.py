@@ -66,7 +66,7 @@ def curves(runs: list[Curve], metric: str) -> Figure:
             axes.plot(millions[-1], run.values[-1], "x", color=colour, ms=8)
     axes.set_xlabel("millions of real images since the start")
     axes.set_ylabel(metric)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=min(0, *(min(run.values) for run in runs)))
     axes.grid(alpha=0.25)
     if len(runs) <= 16:
         axes.legend(fontsize=8)

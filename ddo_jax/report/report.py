@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,6 +71,15 @@ class Point(NamedTuple):
     w: float
     metric: str
     score: float
+
+
+def plain(name: str) -> str:
+    r"""Somebody's name of a class or a set, as Markdown that shows it and means nothing.
+
+    >>> plain("a_b ![x](http://evil)")
+    'a\\_b \\!\\[x\\](http://evil)'
+    """
+    return re.sub(r"([\\`*_{}\[\]<>#|!])", r"\\\1", name)
 
 
 def table(header: list[str], rows: list[list]) -> str:
@@ -138,7 +148,7 @@ def summary_lines(scores: dict[str, Scores], rounds: list[Round], method: str = 
 
 UNSCORED = (
     "* Nothing was scored (`eval.network = none`): no number chose between checkpoints, every round ended at its "
-    "length and its last checkpoint was taken. Whether DDO helped is for the eye to say, by the pictures below."
+    "length and its last checkpoint was taken. Whether DDO helped is for the eye to say, by the pictures."
 )
 
 

@@ -11,6 +11,7 @@ from etils import epath
 
 from ddo_jax import config as configs
 from ddo_jax import sharding
+from ddo_jax.convert import origin
 from ddo_jax.data import sources
 from ddo_jax.evaluate.neighbours import distance_among, nearest_distance, some_images
 from ddo_jax.evaluate.records import Evaluation, Round
@@ -53,7 +54,8 @@ def run(config, workdir: epath.PathLike, profile_steps: str | None = None) -> ep
     scores |= yardstick(setup)
     publish.publish_views(setup)
     path = make_report(setup, systems, scores, played)
-    publish.publish_best(setup, ref, functools.partial(card.card, config, scores, played))
+    told = notes(setup, scores)
+    publish.publish_best(setup, ref, functools.partial(card.card, config, scores, played, told))
     if traced.waits:
         console.line(f"--profile_steps: {profile_steps}: no phase came to the first of them; nothing was traced")
     console.line(f"report: {path}")
@@ -122,16 +124,16 @@ def notes(setup: Setup, scores: dict[str, report.Scores]) -> tuple[str, ...]:
     if setup.drawn is not None:
         new = f"drawn anew for {setup.family.spec.num_classes} classes: {', '.join(setup.drawn)}; all else was kept"
         found.append(
-            f"The start is `{setup.config.init}` after MLE on {setup.data.name} (`config.adapt`); "
-            f"{new if setup.drawn else 'all of its parameters were kept'}."
+            f"The start is `{origin.shown(setup.config.init)}` after MLE on {report.plain(setup.data.name)} "
+            f"(`config.adapt`); {new if setup.drawn else 'all of its parameters were kept'}."
         )
     last = scores.get("ddo", scores["start"]).nearest
     real = next((name for name in (report.HELD_OUT, report.AMONG) if name in scores), None)
     if len(setup.data) < FEW and last is not None and real is not None:
         found.append(
-            f"{setup.data.name} has {len(setup.data)} images, fewer than {FEW}: a network may learn them by heart. Its "
-            f"samples are {last:.3f} from the nearest training image, {real} {scores[real].nearest:.3f}; far below "
-            "that they are copies."
+            f"{report.plain(setup.data.name)} has {len(setup.data)} images, fewer than {FEW}: a network may learn them "
+            f"by heart. Its samples are {last:.3f} from the nearest training image, {real} "
+            f"{scores[real].nearest:.3f}; far below that they are copies."
         )
     return tuple(found)
 

@@ -8,6 +8,7 @@ from etils import epath
 
 from ddo_jax import files, sharding
 from ddo_jax.convert import safetensors
+from ddo_jax.convert.origin import Origin
 from ddo_jax.report.card import Model
 from ddo_jax.run import jobs, record
 from ddo_jax.run.candidates import divide
@@ -15,7 +16,7 @@ from ddo_jax.run.prepare import Setup
 from ddo_jax.run.scoring import evaluation, evaluations
 from ddo_jax.store import classes
 from ddo_jax.store.checkpoint import keep_ema, read_meta, weights_digest
-from ddo_jax.store.origin import Origin, of_init
+from ddo_jax.store.origin import of_init
 
 
 def finished(workdir: epath.Path) -> dict[str, dict]:
@@ -63,11 +64,10 @@ def publish_best(setup: Setup, best: sharding.Parked, card: Callable[[Model, Ori
             about = about | classes.metadata(setup.data) | origin.metadata()
             files.write_bytes(directory / "params.safetensors", safetensors.dumps(arrays, about))
             files.write_sealed(directory / "config.json", setup.config.to_dict())
-            written = [directory / "params.safetensors", directory / "config.json", directory / CARD]
-            if (picture := setup.workdir / "report" / PICTURE).exists():
+            written = [directory / "params.safetensors", directory / "config.json"]  # the card is for its maker to edit
+            if pictured := (picture := setup.workdir / "report" / PICTURE).exists():
                 files.write_bytes(directory / PICTURE, picture.read_bytes())
-                written.append(directory / PICTURE)
-            files.write_bytes(directory / CARD, card(_model(setup, params), origin, len(written) > 3).encode())
+            files.write_bytes(directory / CARD, card(_model(setup, params), origin, pictured).encode())
             if (table := files.kept(setup.workdir / classes.TABLE)) is not None:
                 files.write_bytes(directory / classes.TABLE, table)  # best/ alone can be taken elsewhere
                 written.append(directory / classes.TABLE)
@@ -94,6 +94,8 @@ def _best_problem(directory: epath.Path, result: dict) -> str:
     """What is not as it was written in best/, in words; "" if all is."""
     if problem := _checkpoint_problem(directory):
         return problem
+    if not (directory / CARD).exists():  # also of a run that ended before there were cards
+        return f"{directory / CARD}: missing"
     for name, digest in result.get("files", {"params.safetensors": None, "config.json": None}).items():
         path = directory / name
         if not path.exists():

@@ -18,7 +18,7 @@ from etils import epath
 from tqdm import tqdm
 
 from ddo_jax import convert, files, sharding
-from ddo_jax.convert import safetensors
+from ddo_jax.convert import origin, safetensors
 from ddo_jax.convert.inert import UnsafeOrDamaged
 from ddo_jax.convert.read import CONFIG_KEY, ENCODER_KEY, KIND_KEY
 from ddo_jax.core import phema
@@ -208,6 +208,7 @@ def _read(path: Path) -> tuple[dict, dict[str, str], dict]:
         raise UserError(str(e)) from None
     metadata = {k: v for k, v in released.extras.get("metadata", {}).items() if k.startswith("ddo_jax_")}
     metadata = {k: v for k, v in metadata.items() if k not in (IMAGES_KEY, STD_KEY)}
+    metadata |= origin.made_from(str(path), origin.of_metadata(metadata) or origin.SCRATCH).metadata()
     kind = metadata.setdefault(KIND_KEY, released.kind)
     if kind is None:
         raise UserError(f"{path}: a network of no kind that is known; allowed: {', '.join(sorted(convert.KINDS))}")

@@ -183,7 +183,6 @@ def put(config, key, value):
         ("ddo.p_std_from", ((2, 0.0),), "P_std above 0"),
         ("ddo.p_std_from", ((17, 3.0), (17, 4.0)), "rising order"),
         ("remat", 1, "1; allowed: a bool"),
-        ("sampler.solver", "euler", "'euler'; allowed: heun, dpmv3"),
         ("eval.dtype", "float64", "'float64'; allowed: float32, bfloat16, float16"),
         ("precision", "BF16_BF16_F32_X3", "'BF16_BF16_F32_X3'; allowed: default, high, highest"),
         ("precision", "HIGHEST", "allowed: default, high, highest"),

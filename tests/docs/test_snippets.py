@@ -1,6 +1,7 @@
 """Every command and snippet of README and docs is run, or, where it needs weights or a cluster, parsed.
 
-Commands are run as they stand, in a folder of their page that has a finished `runs/digits`, with three exceptions:
+Commands that install are parsed: the extras that they name exist. Others are run as they stand, in a folder of their
+page that has a finished `runs/digits`, with three exceptions:
 `folder:PATH` is a folder of small shapes, `my.py` the config of docs/model.md with the toy family, and recipes that
 take a minute or more run as their `:runlocal`, README's first run excepted.
 """
@@ -36,6 +37,13 @@ def parse(command, tmp_path):
     """Whatever is wrong with the words of a command, as an exception."""
     program, *rest = command.words
     if program in INSTALLS or program in TOOLS:
+        return
+    if program == "pip":
+        program, rest = "python", ["-m", "pip", *rest]
+    if program.startswith("ddo-jax"):
+        parsed = configparser.ConfigParser()
+        parsed.read(ROOT / "setup.cfg")
+        assert f"{program} =" in parsed["options.entry_points"]["console_scripts"]
         return
     if program.startswith("launch/"):
         argv = [str(ROOT / program), "--print", *rest]

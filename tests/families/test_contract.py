@@ -34,12 +34,16 @@ LATENTS = dict(img_resolution=4, img_channels=4, image_size=8, image_channels=1,
 LATENTS |= dict(latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4)
 VAR = dict(arch="VAR", vae=str(VAES["vqvae"]), patch_nums=(1, 2, 4), vocab_size=128, z_channels=8)
 VAR |= dict(depth=1, embed_dim=16, num_heads=1, cond_drop_rate=0.3)
+SIT = dict(arch="SiT", patch_size=2, hidden_size=16, depth=1, num_heads=2)
+SIT_LATENTS = SIT | {k: v for k, v in LATENTS.items() if not k.startswith("latent_")}
 CASES = {  # name: (family, config.model beside DIGITS, a key of another family)
     "edm-mlp": ("edm", dict(arch="mlp", width=8, blocks=1), ("dtype", "bfloat16")),
     "edm-mixer": ("edm", dict(arch="mixer", patch=2, width=8, blocks=1, tokens=8), ("dtype", "bfloat16")),
     "edm-unet": ("edm", dict(arch="SongUNet", **UNET, dropout=0.1), ("ddo.reencode", False)),
     "edm2": ("edm2", EDM2 | LATENTS, ("data.augment", 0.1)),
     "var": ("var", VAR, ("ddo.p_std", 0.3)),
+    "sit": ("sit", SIT | dict(learn_sigma=False, mle_time="logit-normal"), ("data.augment", 0.1)),
+    "sit-latents": ("sit", SIT_LATENTS | dict(weight="x", guidance_channels=3), ("ddo.reencode", False)),
     "toy": ("tests.families.toy:make", {}, ("sampler.rho", 3.0)),
 }
 

@@ -102,7 +102,10 @@ def test_from_two_classes_to_ten(given, fitted, tmp_path):
     """Breaks if the rounds do not start from the adapted network, or the report does not say what was new."""
     config = adapted(given, fitted, tmp_path / "run")
     text = (tmp_path / "run" / "report" / "report.md").read_text()
-    assert f"`{given}` after MLE on digits:train" in text and "drawn anew for 10 classes: net.map_label.weight" in text
+    assert (
+        f"`{given.name}` after MLE on digits:train" in text
+        and "drawn anew for 10 classes: net.map_label.weight" in text
+    )
     (start,) = (e for e in files.read_jsonl(tmp_path / "run/evals.jsonl") if e["phase"] == "rounds/001")
     assert start["protocol"]["ema"].startswith("adapt: half-life 1.6e-05")
     family = get_family(config)

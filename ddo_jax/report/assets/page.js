@@ -29,15 +29,32 @@ function compare(root) {
   root.replaceWith(box);
 }
 
-// Index of the value of a series that is nearest to the cursor: candidates are scored at different numbers of images.
+// Index of the value of a series that is nearest to the cursor, within the series: candidates are scored at different
+// numbers of images.
 function nearest(u, series, index) {
   if (series === 0 || u.data[series][index] != null) return index;
-  let found = null;
-  u.data[series].forEach((y, i) => {
-    if (y != null && (found === null || Math.abs(u.data[0][i] - u.data[0][index]) < Math.abs(u.data[0][found] - u.data[0][index])))
-      found = i;
+  const [x, y] = [u.data[0], u.data[series]];
+  const there = [...y.keys()].filter((i) => y[i] != null);
+  if (!there.length || index < there[0] || index > there[there.length - 1]) return null;
+  return there.reduce((a, b) => (Math.abs(x[b] - x[index]) < Math.abs(x[a] - x[index]) ? b : a));
+}
+
+// A ring at the best value, and a cross where a search stopped a candidate.
+function marks(u, series) {
+  const draw = (x, y, shape, colour) => {
+    const [left, top, r] = [u.valToPos(x, "x", true), u.valToPos(y, "y", true), 5 * devicePixelRatio];
+    u.ctx.strokeStyle = colour;
+    u.ctx.lineWidth = 1.5 * devicePixelRatio;
+    u.ctx.beginPath();
+    if (shape === "ring") u.ctx.arc(left, top, r, 0, 7);
+    else [1, -1].forEach((s) => { u.ctx.moveTo(left - r, top - s * r); u.ctx.lineTo(left + r, top + s * r); });
+    u.ctx.stroke();
+  };
+  series.forEach((s) => {
+    const best = s.y.indexOf(Math.min(...s.y)), last = s.y.length - 1;
+    draw(s.x[best], s.y[best], "ring", s.colour);
+    if (s.stopped) draw(s.x[last], s.y[last], "cross", s.colour);
   });
-  return found;
 }
 
 function curves(root, { metric, series }) {
@@ -46,12 +63,14 @@ function curves(root, { metric, series }) {
     label: s.label, stroke: s.colour, dash: s.dash ? [6, 4] : [], width: 1.5, spanGaps: true,
     points: { show: true, size: 5 }, value: number,
   }));
+  const short = (u, values) => values.map((v) => +v.toPrecision(6));
   const width = () => Math.min(root.clientWidth || 900, 900);
   const options = {
     width: width(), height: 420,
-    scales: { x: { time: false }, y: { range: (u, low, high) => [0, high * 1.05] } },
-    axes: [{ label: "millions of real images since the start" }, { label: metric, size: 60 }],
+    scales: { x: { time: false }, y: { range: (u, low, high) => [Math.min(0, 1.05 * low), Math.max(0, 1.05 * high)] } },
+    axes: [{ label: "millions of real images since the start", values: short }, { label: metric, size: 70, values: short }],
     cursor: { dataIdx: nearest },
+    hooks: { draw: [(u) => marks(u, series)] },
     series: [{ label: "millions of images", value: number }, ...lines],
   };
   const chart = new uPlot(options, uPlot.join(series.map((s) => [s.x, s.y])), root);
