@@ -28,12 +28,12 @@ def get_config(variant: str = ""):
     config.eval.network = "classifier"
     config.model.update(arch="SiT", img_resolution=28, img_channels=1, label_dim=10, levels=256)
     with config.unlocked():
-        config.model.update(patch_size=4, hidden_size=64, depth=4, num_heads=4, learn_sigma=False)
+        config.model.update(patch_size=4, hidden_size=64, depth=3, num_heads=4, learn_sigma=False)
         config.model.update(weight="edm", mle_time="logit-normal", pair_time="logit-normal")
-    config.sampler.update(solver="flow_heun", num_steps=18)  # 36 evaluations
+    config.sampler.update(solver="flow_heun", num_steps=12)  # 24 evaluations
 
     pretrain = config.pretrain
-    pretrain.length.steps = 6000
+    pretrain.length.steps = 4000
     pretrain.batch = BATCH
     pretrain.lr = 2e-3
     pretrain.schedule = "cosine"

@@ -183,6 +183,16 @@ def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in ("1", "ON", "YES", "TRUE")
 
 
+def _own_name(name: str, url: str) -> str:
+    """Of a known file in the cache: the last part of its address, behind its name where another has the same.
+
+    >>> _own_name("var-d16", SOURCES["var-d16"]), _own_name("sd-vae-ft-ema", SOURCES["sd-vae-ft-ema"])
+    ('var_d16.pth', 'sd-vae-ft-ema-diffusion_pytorch_model.safetensors')
+    """
+    file = url.rsplit("/", 1)[1]
+    return file if sum(u.endswith(f"/{file}") for u in SOURCES.values()) == 1 else f"{name}-{file}"
+
+
 def resolve(what) -> str:
     """The local path of a checkpoint.
 
@@ -207,7 +217,7 @@ def resolve(what) -> str:
     if scheme not in _FETCH:
         raise UserError(f"{what}: {scheme}:// is not supported; allowed: {', '.join(f'{s}://' for s in _FETCH)}")
     known = url != what
-    name = url.rsplit("/", 1)[1] if known else urllib.parse.quote(rest, safe="")[-200:]
+    name = _own_name(what, url) if known else urllib.parse.quote(rest, safe="")[-200:]
     target = cache_dir() / name
     if os.path.isfile(target):
         return str(target)

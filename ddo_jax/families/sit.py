@@ -27,6 +27,7 @@ from ddo_jax.families.base import (
     Family,
     Guidance,
     PyTree,
+    Records,
     Spec,
     own_settings,
 )
@@ -88,7 +89,14 @@ def model_config(arguments: dict) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class FlowLatents(codecs.Latents):
-    """x = 0.18215 z of Stable Diffusion's latents z, whose pixels are in [-1, 1]."""
+    """x = 0.18215 z of Stable Diffusion's latents z, whose pixels are in [-1, 1].
+
+    Real images come as pixels: a zip of latents says nothing of its encoding, and ours (EDM2's) is from [0, 1].
+    """
+
+    @property
+    def data(self) -> tuple[Records, ...]:
+        return super().data[:1]
 
     def encode(self, frozen: PyTree, image: jax.Array, key: jax.Array) -> jax.Array:
         if image.dtype != jnp.uint8:

@@ -227,7 +227,7 @@ def test_npz_for_other_evaluators(released, tmp_path):
         (["--num_steps=1"], "num_steps is 1"),
         (["--batch=0"], "--batch: 0; allowed: at least 1"),
         (["--rng=cuda"], "invalid choice: 'cuda'"),
-        (["--solver=euler"], "invalid choice: 'euler'"),
+        (["--solver=euler"], "solver is 'euler'; allowed: heun, dpmv3"),
         (["--vae=x"], "--vae: x; allowed for models of latents or tokens"),
         (["--guidance=1.5"], "--guide=None with --guidance=1.5: set --guide=WHAT, too"),
         (["--guide=x"], "--guide=x with --guidance=None: set --guidance=1.4 or another weight, too"),

@@ -148,6 +148,7 @@ def test_sums_equal_the_reference(tmp_path, case):
     np.testing.assert_allclose(x, GOLDEN[at + "coefs"], atol=1e-10 * np.abs(x).max())
     states, metadata = snapshots.reconstruct(found, x)
     made, expected = np.stack([s["a.weight"] for s in states]), GOLDEN[at + "reconstructed"]
+    assert json.loads(metadata.pop("ddo_jax_origin"))["licence"] == "unknown"
     assert made.dtype == np.float32 and metadata == {"ddo_jax_kind": "mlp"}
     np.testing.assert_allclose(made, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
     for state in states:  # of the last snapshot in the order (time, length), not averaged
