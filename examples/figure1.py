@@ -18,8 +18,7 @@ import optax
 
 import ddo_jax
 
-X = jnp.linspace(-80.0, 80.0, 16_001)  # wide enough for the side that spreads
-DX = 0.01
+X, DX = jnp.linspace(-80.0, 80.0, 16_001), 0.01  # wide enough for the side that spreads
 RATE, STEPS, NUDGE = 2e-3, 600, 1e-3
 
 

@@ -29,8 +29,7 @@ LINE = (
 
 def init(key, width=64):
     """Parameters of an MLP: 2 coordinates and a noise embedding of 8 -> 2 coordinates."""
-    sizes = [2 + 8, width, width, 2]
-    shapes = zip(jax.random.split(key, 3), sizes[:-1], sizes[1:], strict=True)
+    shapes = zip(jax.random.split(key, 3), [2 + 8, width, width], [width, width, 2], strict=True)
     return [{"w": jax.random.normal(k, (m, n)) / np.sqrt(m), "b": jnp.zeros(n)} for k, m, n in shapes]
 
 

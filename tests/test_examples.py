@@ -1,6 +1,7 @@
 """The examples run and show what they promise."""
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -11,6 +12,14 @@ import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_examples_are_short_and_need_no_harness():
+    """Breaks if an example is no page any more, or takes something from the project that is no pure function."""
+    for path in EXAMPLES.glob("*.py"):
+        text = path.read_text()
+        assert text.count("\n") < 120, path
+        assert not re.search(r"^\s*(from|import) ddo_jax\.", text, re.MULTILINE), path
 
 
 def example(name, monkeypatch):

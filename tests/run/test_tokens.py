@@ -254,6 +254,7 @@ def test_a_restart_changes_nothing(run, start, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default:config.objective is config.method today:FutureWarning")
 @pytest.mark.parametrize("objective, pool", [("ddo", 0), ("ddo", 40), ("neon", 40), ("cca", 0), ("mle", 0)])
 def test_every_objective_to_its_report(run, config, start, tmp_path, fitted, objective, pool):
     """Breaks if a baseline or an offline pool does not run to its end, or leaves another kind of record."""
