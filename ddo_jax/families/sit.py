@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddo_jax import convert
+from ddo_jax.convert import sdvae
 from ddo_jax.core import edm, flow, flow_samplers, predictions
 from ddo_jax.errors import UserError
 from ddo_jax.families import codecs, diffusion
@@ -32,6 +33,7 @@ from ddo_jax.families.base import (
     own_settings,
 )
 from ddo_jax.models import sit as networks
+from ddo_jax.models.sdvae import AutoencoderKL
 
 SD_VAE, LATENT_SCALE = "sd-vae-ft-ema", 0.18215  # of the released networks (section 2); EDM2's latents have another
 TIMES = ("logit-normal", "uniform")
@@ -87,6 +89,15 @@ def model_config(arguments: dict) -> dict:
     return {"arch": "SiT", "levels": 256, "sigma_data": 0.5, **{ours.get(k, k): v for k, v in arguments.items()}}
 
 
+@functools.lru_cache(maxsize=8)
+def autoencoder_module(vae: str) -> AutoencoderKL:
+    """The module of config.model.vae; while the file is not at hand (`companions` refuses that) Stable Diffusion's."""
+    try:
+        return sdvae.load(vae)[0]
+    except UserError:
+        return AutoencoderKL()
+
+
 @dataclasses.dataclass(frozen=True)
 class FlowLatents(codecs.Latents):
     """x = 0.18215 z of Stable Diffusion's latents z, whose pixels are in [-1, 1].
@@ -97,6 +108,14 @@ class FlowLatents(codecs.Latents):
     @property
     def data(self) -> tuple[Records, ...]:
         return super().data[:1]
+
+    def companion_shapes(self) -> dict:
+        """Of `companions`: a plan needs no file."""
+        x = jax.ShapeDtypeStruct((1, *self.image_shape), np.float32)
+        return {"vae": jax.eval_shape(autoencoder_module(self.vae).init, jax.random.key(0), x)["params"]}
+
+    def _apply(self, frozen: PyTree, x: jax.Array, method: str) -> Any:
+        return autoencoder_module(self.vae).apply({"params": frozen["vae"]}, x, method=method)
 
     def encode(self, frozen: PyTree, image: jax.Array, key: jax.Array) -> jax.Array:
         if image.dtype != jnp.uint8:
@@ -164,6 +183,9 @@ class SiTFamily(diffusion.Diffusion):
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         variables = dict(self.module.init(key, jnp.zeros((1, *self.shape)), jnp.ones((1,)), jnp.zeros((1,), jnp.int32)))
         return variables.pop("params"), variables
+
+    def companion_shapes(self) -> dict:
+        return self.codec.companion_shapes() if isinstance(self.codec, FlowLatents) else {}
 
     def decays(self, params: PyTree) -> PyTree:
         """All matrices but the label table."""
