@@ -83,8 +83,8 @@ def collect(run: epath.Path, licence: str | None) -> dict[str, epath.Path | byte
     best = run / "best"
     if missing := [name for name in NEEDED if not (best / name).exists()]:
         raise UserError(
-            f"{run}: no finished run with a card (no best/{missing[0]}); allowed: a workdir whose command has ended (of "
-            "an older version: start it again)"
+            f"{run}: no finished run with a card (no best/{missing[0]}); allowed: a workdir whose command has ended "
+            "(of an older version: start it again)"
         )
     try:
         digests = (files.read_sealed(best / "result.json") or {}).get("files", {})
