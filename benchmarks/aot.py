@@ -67,8 +67,10 @@ def arguments() -> argparse.Namespace:
 def environment(target: str) -> None:
     """Must come before jax is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    chips = math.prod(map(int, target.partition(":")[2].split("x")))
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={chips}"  # encoders ask how many there are
     if target.startswith("h100"):  # neither autotuning nor Triton's search works without a device
-        os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+        os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
     else:
         os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
