@@ -15,7 +15,7 @@ HERE = importlib.util.find_spec("libtpu") is not None
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HERE, reason="needs libtpu, a compiler for TPUs")]
 
 
-@pytest.mark.parametrize("config", ["digits:unet", "edm2_in64:runlocal", "var_in256:runlocal"])
+@pytest.mark.parametrize("config", ["digits:unet", "edm2_in64:runlocal", "var_in256:runlocal", "sit_in256:runlocal"])
 def test_the_step_compiles_for_a_tpu_slice(config):
     """Breaks if a step does not compile for TPUs, or its weights go round a ring instead of being gathered."""
     command = [sys.executable, "-m", "benchmarks.aot", "--target=v5e:2x2", f"--config={config}", "--fsdp=4"]
