@@ -106,9 +106,8 @@ SOURCES = {
 # SPDX identifiers of what lies at an address, as its owners state them (README, "Licence"); of others nothing is known.
 LICENCES = {_SIT: "mit", _EDM: "cc-by-nc-sa-4.0", _EDM2: "cc-by-nc-sa-4.0", _DDO: "cc-by-nc-sa-4.0", _VAR: "mit"}
 
-NVIDIA = re.compile(
-    r"edm2?-(cifar10|ffhq|afhqv2|imagenet|img64|img512)-"
-)  # all their files, also those without a name here
+# NVIDIA's files, also those that have no known name here.
+NVIDIA = re.compile(r"edm2?-(cifar10|ffhq|afhqv2|imagenet|img64|img512)-")
 
 
 def licence(what: str) -> str:

@@ -22,7 +22,6 @@ from ddo_jax.families import codecs, diffusion
 from ddo_jax.families.base import (
     DIFFUSION_SAMPLER,
     HALF,
-    PHASES,
     Draws,
     Examples,
     Family,
@@ -51,9 +50,7 @@ OURS = {
 }
 NOT_ARGUMENTS = {"arch", "levels", *OURS}
 SAMPLER = {**DIFFUSION_SAMPLER, "cfg": 0.0}
-CONFIG_KEYS = {f"{phase}.{key}" for phase in PHASES for key in ("p_mean", "p_std")}
-CONFIG_KEYS |= {"ddo.p_std_from", *(f"sampler.{key}" for key in SAMPLER)}
-MOST_CFG = 1e4
+MOST_CFG = 1e4  # as of VARs: far beyond any use, and finite in float32
 
 
 class SiTSettings(NamedTuple):
@@ -161,7 +158,7 @@ class SiTFamily(diffusion.Diffusion):
     guidance_channels: int = 0
 
     name = "sit"
-    config_keys = frozenset(CONFIG_KEYS)
+    config_keys = diffusion.Diffusion.config_keys | {"sampler.cfg"}
 
     @functools.cached_property
     def spec(self) -> Spec:

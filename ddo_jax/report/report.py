@@ -183,23 +183,22 @@ class Report:
         directory = epath.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         method, metric = method_of(self.config), self.scores["start"].evals[0].metric
-        pictures = {name: _png(figure) for name, figure in self.figures(method, metric).items()}
+        grids = {shown(system, method): images for system, images in self.grids.items()}
+        pictures = {name: _png(figure) for name, figure in self.figures(grids, metric).items()}
         for name, data in pictures.items():
             files.write_bytes(directory / f"{name}.png", data)
         title, summary = self.config.name or "DDO", summary_lines(self.scores, self.rounds, method)
         sections = _sections(self, list(pictures), method)
-        grids = {shown(system, method): images for system, images in self.grids.items()}
         whole = page.Shown(pictures, grids, self.config.model.levels, self.curves, metric)
         files.write_bytes(directory / "report.html", page.page(title, summary, sections, whole).encode())
         files.write_bytes(directory / "report.md", _markdown(title, summary, sections).encode())
         return directory / "report.md"
 
-    def figures(self, method: str, metric: str) -> dict[str, Figure]:
-        """The pictures of what there is."""
+    def figures(self, grids: dict[str, np.ndarray], metric: str) -> dict[str, Figure]:
+        """The pictures of what there is; grids: by their titles."""
         drawn = {}
-        if self.grids:
-            titles = {shown(system, method): images for system, images in self.grids.items()}
-            drawn["samples"] = plots.grids(titles, self.config.model.levels)
+        if grids:
+            drawn["samples"] = plots.grids(grids, self.config.model.levels)
         if self.curves:
             drawn["curves"] = plots.curves(self.curves, metric)
         if len({(p.alpha, p.beta) for p in self.visited}) > 1:

@@ -4,7 +4,6 @@ from etils import epath
 
 from ddo_jax.convert import names, origin
 from ddo_jax.convert.origin import SCRATCH, Origin, made_from
-from ddo_jax.errors import UserError
 from ddo_jax.store.load import Ours, find
 
 
@@ -14,11 +13,13 @@ def of_init(init: str) -> Origin:
 
 
 def _told(what: str) -> Origin:
+    scheme, remote, _ = what.partition("://")
     try:
-        if "://" in what or not epath.Path(what).expanduser().is_dir():
+        folder = (not remote or scheme in ("gs", "s3", "file")) and epath.Path(what).expanduser().is_dir()  # as `find`
+        if not folder:
             return origin.of_file(names.resolve(what))
         found = find(what)
-    except UserError:
+    except Exception:  # whatever a store of the day raises: an origin is no reason to lose the end of a run
         return SCRATCH
     if not isinstance(found, Ours):
         return SCRATCH
