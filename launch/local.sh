@@ -36,11 +36,11 @@ trap 'kill -TERM $(jobs -p) 2>/dev/null' TERM
 trap 'kill -INT $(jobs -p) 2>/dev/null' INT
 worst=0
 for job in $(jobs -p); do
-  while true; do
-    code=0
-    wait "$job" || code=$?
-    kill -0 "$job" 2>/dev/null || break
+  while kill -0 "$job" 2>/dev/null; do
+    wait "$job" || true # a signal ends the wait, not the job
   done
+  code=0
+  wait "$job" || code=$?
   [ "$code" -gt "$worst" ] && worst=$code
 done
 exit "$worst"

@@ -18,11 +18,11 @@ trap 'left=1; [ -n "$child" ] && kill -INT "$child" 2>/dev/null' INT
 for ((i = 0; ; i++)); do
   "$@" &
   child=$!
-  while true; do
+  while kill -0 "$child" 2>/dev/null; do # a signal ends the wait, not the run
     wait "$child"
-    code=$?
-    kill -0 "$child" 2>/dev/null || break # else a signal ended the wait, not the run
   done
+  wait "$child" # the shell keeps the code of a run that is over: the waits before it may have told of a signal
+  code=$?
   if [ "$code" -eq 0 ] || [ "$code" -eq 2 ] || [ "$code" -eq 130 ] || [ -n "$left" ]; then
     exit "$code"
   fi

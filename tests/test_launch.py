@@ -135,14 +135,20 @@ def test_what_is_started_again(world, tmp_path, script, code, times):
     assert [f"run {i}" in log.read_text() for i in range(times)] == [True] * times
 
 
+SLOW_KILL = '() { builtin kill "$@"; code=$?; sleep 0.5; return "$code"; }'  # as on a machine with much to do
+
+
+@pytest.mark.parametrize("kill", [None, SLOW_KILL], ids=["", "slow"])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_run_and_ends_the_script(tmp_path, signum):
-    """Breaks if a launcher that is stopped leaves its run behind, or starts it again."""
+def test_a_signal_reaches_the_run_and_ends_the_script(tmp_path, signum, kill):
+    """Breaks if a launcher that is stopped leaves its run behind, starts it again, or forgets the code of a run that
+    is over before the shell looks."""
     run = "import signal, sys, time\n"
     run += "for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, lambda s, f: (print(s), sys.exit(75)))\n"
     run += "print('up', flush=True)\ntime.sleep(30)"
     command = ["bash", str(LAUNCH / "restart.sh"), sys.executable, "-c", run]
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True)
+    env = os.environ | ({"BASH_FUNC_kill%%": kill} if kill else {})
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True, env=env)
     assert job.stdout.readline() == "up\n"
     began = time.monotonic()
     job.send_signal(signum)
