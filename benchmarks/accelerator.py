@@ -210,6 +210,13 @@ def parity(small: bool, options) -> list[str]:
     ]
 
 
+def flow(small: bool, options) -> list[str]:
+    """SiT, beside PyTorch where that is installed."""
+    size = ("--size=sit-s-2", "--batch=1", "--budget=1") if small else ("--size=sit-xl-2", "--batch=32", "--budget=4")
+    beside = ["--torch"] * bool(importlib.util.find_spec("torch") and not small)
+    return [PYTHON, "-m", "benchmarks.sit", "--what=forward,sample,half,ddo", *size, *beside]
+
+
 def main_job(config: str, little: str) -> Callable:
     """A whole run of the main command."""
 
@@ -243,6 +250,12 @@ CHECKS = (
             *("--config=var_in256", "--batch=25", "--repeats=5"),
             small=("--batch=8", "--repeats=2"),
         ),
+    ),
+    Check(
+        "sit",
+        90,
+        "as fast as eager PyTorch; sampling in bfloat16 at least twice as fast as in float32",
+        flow,
     ),
     Check("fashion", 300, "a whole run within 5 minutes", main_job("fashion:gpu", "fashion:runlocal"), False),
     Check(

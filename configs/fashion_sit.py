@@ -34,13 +34,13 @@ def get_config(variant: str = ""):
     config.sampler.update(solver="flow_heun", num_steps=12)  # 24 evaluations
 
     pretrain = config.pretrain
-    pretrain.length.steps = 4000
-    pretrain.batch = BATCH
+    pretrain.length.steps = 8000
+    pretrain.batch = 64  # after 96,000 images, annealed, the loss is 0.364, with 128 it is 0.40, at the same speed
     pretrain.lr = 2e-3
     pretrain.schedule = "cosine"
     pretrain.final_lr = 1e-5
     pretrain.warmup.steps = 500
-    pretrain.ema_mimg = decay_to_half_life(0.999, BATCH) / 1e6
+    pretrain.ema_mimg = decay_to_half_life(0.999, pretrain.batch) / 1e6
     pretrain.p_mean, pretrain.p_std = -0.8, 1.4
     pretrain.save_every.steps = 2000
 

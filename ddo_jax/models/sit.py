@@ -94,9 +94,16 @@ class Attention(nn.Module):
         return Linear(width, name="proj")(attend(q, k, v).reshape(b, length, width))
 
 
+def cudnn_attends(dtype, head_width: int, device) -> bool:
+    """Whether cuDNN's fused attention takes this: half precision, widths it has, NVIDIA from Ampere on."""
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; AMD's are no numbers
+    new = capability.replace(".", "").isdigit() and float(capability) >= 8
+    return new and np.dtype(dtype).itemsize == 2 and head_width % 8 == 0 and head_width <= 128
+
+
 def attend(q, k, v):
     """softmax(q kᵀ/√d) v of [B,T,H,d]: softmax in float32 at least; cuDNN's where products are of half precision."""
-    if q.dtype.itemsize == 2 and jax.default_backend() == "gpu":
+    if cudnn_attends(q.dtype, q.shape[-1], jax.devices()[0]):
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=at_least_float32(q.dtype))
     weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1]), axis=-1).astype(q.dtype)

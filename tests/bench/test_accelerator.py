@@ -35,10 +35,10 @@ def test_a_check_without_time_is_named(tmp_path):
 @pytest.mark.slow
 def test_every_timed_check_in_little(tmp_path):
     """Breaks if a check's command line is not one, or its numbers do not come."""
-    _, lines = script(tmp_path, "--minutes=9", "--only=parity,edm,edm2,var")
+    _, lines = script(tmp_path, "--minutes=9", "--only=parity,edm,edm2,var,sit")
     ended = {line["check"]: line["result"] for line in lines if "result" in line}
-    assert ended == dict.fromkeys(("parity", "edm", "edm2", "var"), "exit 0")
-    assert {"accelerator/edm2_in64/ddo", "edm/sample", "var_step/digits_var"} <= {
+    assert ended == dict.fromkeys(("parity", "edm", "edm2", "var", "sit"), "exit 0")
+    assert {"accelerator/edm2_in64/ddo", "edm/sample", "var_step/digits_var", "sit/half"} <= {
         line.get("benchmark") for line in lines
     }
 
