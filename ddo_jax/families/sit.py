@@ -134,13 +134,13 @@ def build_codec(model: dict) -> codecs.Pixels | FlowLatents:
     given = OURS | model
     if not given["vae"]:
         return codecs.Pixels((side, side, channels), model["levels"])
-    if not given["latent_scale"] > 0:
-        raise UserError(
-            f"config.model.latent_scale: {given['latent_scale']}; allowed: above 0, as SiT's {LATENT_SCALE}"
-        )
+    scale = given["latent_scale"]
+    if not scale > 0 or (given["vae"] == SD_VAE and scale != LATENT_SCALE):  # another scale is another network's
+        allowed = LATENT_SCALE if given["vae"] == SD_VAE else f"above 0, as SiT's {LATENT_SCALE}"
+        raise UserError(f"config.model.latent_scale: {scale}; allowed with vae {given['vae']!r}: {allowed}")
     size = given["image_size"] or 8 * side
     image, zero, std = (size, size, given["image_channels"]), (0.0,) * channels, (1.0,) * channels
-    return FlowLatents(given["vae"], image, (side, side, channels), zero, std, given["latent_scale"], model["levels"])
+    return FlowLatents(given["vae"], image, (side, side, channels), zero, std, scale, model["levels"])
 
 
 @dataclasses.dataclass(frozen=True)

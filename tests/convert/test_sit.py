@@ -128,10 +128,11 @@ def test_latents_have_their_own_scale(released, tmp_path):
         edm2.model.update(model_channels=16, channel_mult=(1,), num_blocks=1, attn_resolutions=(), channels_per_head=8)
     other = get_family(edm2).codec.scaled(raw)
     assert np.abs(np.asarray(other) - LATENT_SCALE).min() > 0.05
-    with c.unlocked():
-        c.model.latent_scale = 0.0
-    with pytest.raises(UserError, match="config.model.latent_scale: 0.0; allowed: above 0"):
-        get_family(c)
+    for vae, scale, allowed in (("sd-vae-ft-ema", 0.13025, "0.18215$"), ("other.safetensors", 0.0, "above 0")):
+        with c.unlocked():
+            c.model.update(vae=vae, latent_scale=scale)
+        with pytest.raises(UserError, match=f"config.model.latent_scale: {scale}; allowed with vae '{vae}': {allowed}"):
+            get_family(c)
 
 
 def test_the_known_name():
