@@ -122,7 +122,7 @@ def main() -> None:
 
     family = get_family(config)
     rates = [config.ddo.batch / s for s in seconds["generate"]]  # a fake costs one forward pass over its tokens
-    tflops = dry_run.forward_flops(family, *memory.abstract(family)) * statistics.median(rates) / 1e12
+    tflops = dry_run.forward_flops(family, *memory.abstract(family))[0] * statistics.median(rates) / 1e12
     peak = {"percent_of_peak": round(100 * tflops / args.peak_tflops, 2)} if args.peak_tflops else {}
 
     def ratio(a, b):

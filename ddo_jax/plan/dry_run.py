@@ -30,16 +30,19 @@ def human(number: float, unit: str = "") -> str:
     return f"{number:.0f} {unit}"
 
 
-def forward_flops(family, params, frozen, batch: int = 8) -> float:
-    """FLOPs of one forward pass of one image, as XLA counts them before optimisation."""
+def forward_flops(family, params, frozen, batch: int = 8) -> tuple[float, float]:
+    """FLOPs of one forward pass of one image, and of encoding a real one, as XLA counts them before optimisation."""
 
-    def forward(params, frozen, record, key):
-        examples = family.encode(frozen, record, key)
+    def forward(params, frozen, examples, key):
         return family.score(params, frozen, examples, family.draw(key, batch, (0.0, 1.0)))
 
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    cost = jax.jit(forward).lower(params, frozen, memory.record(family, batch), key).cost_analysis() or {}
-    return float(cost.get("flops", math.nan)) / batch
+    def count(fn, *args):
+        cost = jax.jit(fn).lower(*args).cost_analysis()  # None: this backend does not count; no "flops": there are none
+        return math.nan if cost is None else float(cost.get("flops", 0.0)) / batch
+
+    key, record = jax.eval_shape(lambda: jax.random.key(0)), memory.record(family, batch)
+    examples = jax.eval_shape(family.encode, frozen, record, key)
+    return count(forward, params, frozen, examples, key), count(family.encode, frozen, record, key)
 
 
 def plan(config: ConfigDict, workdir: str, images_per_s: list[str] | None = None) -> str:
@@ -59,9 +62,10 @@ def plan(config: ConfigDict, workdir: str, images_per_s: list[str] | None = None
     images = found["data"][1]
     parts = costs.work(config, images)
     params, frozen = memory.abstract(family)
-    flops, nfe = forward_flops(family, params, frozen), settings.nfe
+    (flops, encoding), nfe = forward_flops(family, params, frozen), settings.nfe
     each = costs.each(family, settings)  # cached keys make VAR's ten steps one
-    step = costs.passes(config, "ddo") * flops * config.ddo.batch
+    step = (costs.passes(config, "ddo") * flops + encoding) * config.ddo.batch
+    encoder = f"; encoding a real image {human(encoding, 'FLOP')}, not in the cost below" * (encoding > 0.01 * flops)
     sections = [
         "config",
         _indent([f"{key} = {value!r}" for key, value in configs.leaves(config)]),
@@ -71,7 +75,7 @@ def plan(config: ConfigDict, workdir: str, images_per_s: list[str] | None = None
         "memory",
         _indent(_memory(config, len(devices), params)),
         f"forward      {human(flops, 'FLOP')} per image; a DDO step {human(step, 'FLOP')}, "
-        f"an image sampled {human(each.judged * flops, 'FLOP')} ({nfe} NFE)",
+        f"an image sampled {human(each.judged * flops, 'FLOP')} ({nfe} NFE){encoder}",
         *(f"{name:<12} {text}" for name, (text, _) in found.items()),
         "plan",
         _indent(_phases(config, images)),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from configs import edm2_in64, edm2_in512
+from configs import edm2_in64, edm2_in512, sit_in256
 from ddo_jax import sharding
 from ddo_jax.errors import UserError
 from ddo_jax.families import get_family
@@ -253,3 +253,15 @@ def test_real_configs():
     parts = step_of(config)
     assert parts["params"] == 4 * 280_209_381
     assert 22.3e9 < parts["total"] < 30e9  # compiled for an H100: 22.3e9 (benchmarks/results/2026-11-aot.jsonl)
+
+
+def test_the_encoder_is_no_part_of_a_forward_pass():
+    """Breaks if 250 evaluations of a sample are counted as if each encoded an image."""
+    config = sit_in256.get_config("")
+    family = get_family(config)
+    params, frozen = memory.abstract(family)
+    forward, encoding = dry_run.forward_flops(family, params, frozen)
+    x = jax.ShapeDtypeStruct((1, *family.shape), jnp.float32)
+    t, label = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    alone = jax.jit(family.velocity).lower(params, frozen, x, t, label).cost_analysis()["flops"]
+    assert forward == pytest.approx(alone, rel=0.02) and 0.5 * forward < encoding < forward
