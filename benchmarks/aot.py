@@ -19,6 +19,7 @@ GPU nothing is autotuned, so the workspace of cuDNN's convolutions is not in the
 import argparse
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -59,8 +60,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--effort", type=float, default=-1.0, help="-1: compile fast; 0: the compiler's default")
     p.add_argument("--text", help="file to write the compiled program to, for benchmarks.hlo")
     a = p.parse_args()
-    if a.target.partition(":")[0] not in MEMORY:
-        p.error(f"--target={a.target}; allowed: {', '.join(MEMORY)}, with a size behind a colon")
+    if not re.fullmatch(r"h100:[1-9]\d*|(v5e|v5p|v6e):[1-9]\d*(x[1-9]\d*){1,2}", a.target):
+        p.error(f"--target={a.target}; allowed: h100:N, v5e:NxN, v5p:NxNxN, v6e:NxN")
     return a
 
 
